@@ -1,0 +1,137 @@
+"""How long, how large and how fast a training stage runs."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+from nanotrain.config.errors import UserError
+
+
+class ScheduleKind(str, Enum):
+    constant = "constant"
+    cosine = "cosine"
+    wsd = "wsd"
+
+
+class DecayShape(str, Enum):
+    linear = "linear"
+    cosine = "cosine"
+    minus_sqrt = "minus_sqrt"
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over optimizer steps: linear warm-up, then by kind. WSD = warm-up, stable, decay."""
+
+    kind: ScheduleKind = ScheduleKind.wsd
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    """Length of WSD's final decay; cosine decays over everything after the warm-up and refuses this key."""
+    decay_shape: DecayShape = DecayShape.minus_sqrt
+    """Shape of WSD's decay. The published run does not state its own; minus_sqrt is a sibling recipe's."""
+    min_learning_rate: float = 0.0
+
+    def validate(self, path: str, steps: int, learning_rate: float) -> None:
+        if self.min_learning_rate > learning_rate or self.min_learning_rate < 0:
+            raise UserError(
+                f"`{path}.min_learning_rate` ({self.min_learning_rate}) must lie between 0 and `learning_rate`"
+                f" ({learning_rate})."
+            )
+        for name in ("warmup_steps", "decay_steps"):
+            if self.__dict__[name] < 0:
+                raise UserError(f"`{path}.{name}` ({self.__dict__[name]}) must not be negative.")
+        if self.kind is not ScheduleKind.wsd and self.decay_steps:
+            raise UserError(
+                f"`{path}.decay_steps` ({self.decay_steps}) belongs to kind=wsd and would be ignored by"
+                f" kind={self.kind.value}; remove it or set kind=wsd."
+            )
+        if self.warmup_steps + self.decay_steps > steps:
+            raise UserError(
+                f"`{path}.warmup_steps` ({self.warmup_steps}) + `decay_steps` ({self.decay_steps}) must not exceed"
+                f" `steps` ({steps}); shorten them or raise `steps`."
+            )
+
+
+class OptimizerKind(str, Enum):
+    adamw = "adamw"
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW with the published betas and weight decay; epsilon is Megatron's default (not published)."""
+
+    kind: OptimizerKind = OptimizerKind.adamw
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    """Not applied to 1-D parameters (norms, A_log, D, dt_bias, convolution bias)."""
+    gradient_clip: float = 1.0
+    """Global L2 norm; 0 switches clipping off."""
+
+    def validate(self, path: str) -> None:
+        for name in ("beta1", "beta2"):
+            if not 0 <= self.__dict__[name] < 1:
+                raise UserError(f"`{path}.{name}` ({self.__dict__[name]}) must lie in [0, 1).")
+        for name in ("weight_decay", "gradient_clip"):
+            if self.__dict__[name] < 0:
+                raise UserError(f"`{path}.{name}` ({self.__dict__[name]}) must not be negative.")
+        if self.epsilon <= 0:
+            raise UserError(f"`{path}.epsilon` ({self.epsilon}) must be greater than 0.")
+
+
+@dataclass
+class TrainingConfig:
+    """One training stage's budget. Batch sizes count sequences; steps are optimizer steps."""
+
+    steps: int = MISSING
+    global_batch_size: int = MISSING
+    """Sequences per optimizer step over all data-parallel ranks."""
+    micro_batch_size: int = MISSING
+    """Sequences per rank per forward pass."""
+    sequence_length: int = MISSING
+    """Tokens per sequence."""
+    learning_rate: float = MISSING
+    """Peak."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation_interval: int = 0
+    """Held-out loss every so many steps; 0 = only after the last step."""
+    save_interval_seconds: float = 600.0
+    """A resumable state is saved when so much time has passed since the last one."""
+    keep_last: int = 2
+    """Number of resumable states kept."""
+    log_interval: int = 1
+    """Steps between lines of metrics.jsonl."""
+    max_nonfinite_steps: int = 5
+    """A step with a non-finite loss or gradient is skipped and counted; so many in a row end the run."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.sequence_length
+
+    def validate(self, path: str) -> None:
+        """Raise UserError when a value is out of range or batch sizes do not divide."""
+        minimum = {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1, "sequence_length": 2, "keep_last": 1}
+        minimum |= {"evaluation_interval": 0, "log_interval": 1, "max_nonfinite_steps": 1}
+        for name, least in minimum.items():
+            if self.__dict__[name] < least:
+                raise UserError(f"`{path}.{name}` ({self.__dict__[name]}) must be at least {least}.")
+        if not self.learning_rate > 0:
+            raise UserError(f"`{path}.learning_rate` ({self.learning_rate}) must be greater than 0.")
+        if not self.save_interval_seconds > 0:
+            raise UserError(f"`{path}.save_interval_seconds` ({self.save_interval_seconds}) must be greater than 0.")
+        self.schedule.validate(f"{path}.schedule", self.steps, self.learning_rate)
+        self.optimizer.validate(f"{path}.optimizer")
+
+    def validate_batch(self, path: str, dp_size: int) -> None:
+        """Raise UserError unless the global batch splits evenly over ranks and micro-batches."""
+        unit = self.micro_batch_size * dp_size
+        if self.global_batch_size % unit:
+            below, above = self.global_batch_size // unit * unit, (self.global_batch_size // unit + 1) * unit
+            ways = f"{above}" if below == 0 else f"{below} or {above}"
+            raise UserError(
+                f"`{path}.global_batch_size` ({self.global_batch_size}) must be divisible by `micro_batch_size`"
+                f" ({self.micro_batch_size}) x dp_size ({dp_size}); use {ways}."
+            )

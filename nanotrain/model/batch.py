@@ -1,0 +1,29 @@
+"""The one form in which tokens reach a model or a loss."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Tokens of one forward pass on one rank; shapes [B, S].
+
+    Labels are already shifted: `labels[b, t]` is the token that should follow `input_ids[b, t]`, or IGNORE_INDEX.
+    `segment_ids` do not decrease along S; where they change a new document begins, and attention, convolution and
+    SSM state start afresh. None means one document per row.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    segment_ids: Tensor | None = None
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """Return the batch on `device`."""
+        segment_ids = None if self.segment_ids is None else self.segment_ids.to(device, non_blocking=True)
+        return MicroBatch(
+            self.input_ids.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), segment_ids
+        )
