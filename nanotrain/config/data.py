@@ -60,9 +60,7 @@ def validate_curriculum(phases: list[PhaseConfig], path: str, sources: tuple[str
     previous = 0.0
     for i, phase in enumerate(phases):
         if not previous < phase.until <= 1.0:
-            raise UserError(
-                f"`{path}[{i}].until` ({phase.until}) must rise from phase to phase and not exceed 1.0."
-            )
+            raise UserError(f"`{path}[{i}].until` ({phase.until}) must rise from phase to phase and not exceed 1.0.")
         previous = phase.until
         for name, weight in phase.weights.items():
             if name not in sources:

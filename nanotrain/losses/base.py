@@ -1,7 +1,6 @@
 """The contract between losses and engines: sums and counts; the engine divides, once."""
 
-from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -9,19 +8,21 @@ from nanotrain.model.batch import MicroBatch
 from nanotrain.model.head import OutputHead
 
 
-@dataclass
-class LossOutput:
-    """`loss_sum` [] is summed over the micro-batch, not averaged; metrics are (sum, count) pairs."""
+class LossOutput(NamedTuple):
+    """`loss_sum` [] is summed over the micro-batch, not averaged; metrics are (sum, count) pairs.
+
+    A NamedTuple because the output hooks of FSDP2 and ZeRO-3 see inside tuples but not inside dataclasses.
+    """
 
     loss_sum: Tensor
-    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    metrics: dict[str, tuple[Tensor, Tensor]]
 
 
 class LossFn(Protocol):
     """A loss. Called inside the forward of the engine's root module, where the output matrix is whole."""
 
     def denominator(self, batch: MicroBatch) -> Tensor:
-        """Return [] the number of tokens (pairs, completions) of `batch` that count."""
+        """Return [] int64, the number of tokens (pairs, completions) of `batch` that count."""
         ...
 
     def __call__(self, head: OutputHead, batch: MicroBatch) -> LossOutput:

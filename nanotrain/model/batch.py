@@ -20,10 +20,18 @@ class MicroBatch:
     input_ids: Tensor
     labels: Tensor
     segment_ids: Tensor | None = None
+    teacher_hidden_states: Tensor | None = None
+    """[B, S, D of the teacher], computed before the step when a loss has a teacher."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Return the batch on `device`."""
-        segment_ids = None if self.segment_ids is None else self.segment_ids.to(device, non_blocking=True)
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
         return MicroBatch(
-            self.input_ids.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), segment_ids
+            self.input_ids.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            move(self.segment_ids),
+            move(self.teacher_hidden_states),
         )

@@ -8,6 +8,14 @@ from nanotrain.ops.vocab_shard import VocabShard
 
 
 @dataclass(frozen=True)
+class HeadWeight:
+    """An engine's output matrix while its `head()` is open: [V, D], or this rank's rows of it."""
+
+    weight: Tensor
+    vocab_shard: VocabShard | None = None
+
+
+@dataclass(frozen=True)
 class OutputHead:
     """Hidden states after the final norm and the output matrix.
 
