@@ -1,4 +1,4 @@
-"""The one exception type that means "the user can fix this": the command line prints it as a sentence and exits with 2."""
+"""The one exception that means "the user can fix this": the command line prints it as a sentence, exit code 2."""
 
 import difflib
 from collections.abc import Iterable

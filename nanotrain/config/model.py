@@ -71,10 +71,21 @@ class ModelConfig:
                 f"`{path}.hybrid_layer_pattern` ({self.hybrid_layer_pattern!r}) must be a non-empty string of"
                 f" M (Mamba-2), * (attention) and - (MLP); remove {', '.join(map(repr, unknown)) or 'nothing'}."
             )
-        positive = (
-            "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim mamba_num_heads"
-            " mamba_head_dim ssm_state_size n_groups conv_kernel chunk_size max_position_embeddings"
-        ).split()
+        positive = [
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "mamba_num_heads",
+            "mamba_head_dim",
+            "ssm_state_size",
+            "n_groups",
+            "conv_kernel",
+            "chunk_size",
+            "max_position_embeddings",
+        ]
         for name in positive:
             value = self.__dict__[name]
             if value < 1:

@@ -196,3 +196,26 @@ class ExportConfig(StageConfig):
     data_from: str = ""
     """Where the tokenizer comes from when the checkpoint folder holds none; empty = the checkpoint's own."""
     save_dtype: SaveDtype = SaveDtype.bfloat16
+
+
+STAGE_CONFIGS: dict[str, type[StageConfig]] = {
+    "prepare": PrepareConfig,
+    "pretrain": PretrainConfig,
+    "prune": PruneConfig,
+    "distill": DistillConfig,
+    "sft": SftConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
+}
+"""The group `stage` of a recipe's defaults list."""
+
+PRODUCT_KINDS: dict[type[StageConfig], str] = {
+    PrepareConfig: "data",
+    PretrainConfig: "checkpoint",
+    PruneConfig: "checkpoint",
+    DistillConfig: "checkpoint",
+    SftConfig: "checkpoint",
+    EvaluateConfig: "report",
+    ExportConfig: "checkpoint",
+}
+"""What each stage leaves: known before any stage is imported, so that a pipeline is checked without PyTorch."""

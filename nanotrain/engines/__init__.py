@@ -1,0 +1,27 @@
+"""Chooses the engine; each is imported only when it is asked for, because each pulls in its own framework."""
+
+from typing import TYPE_CHECKING
+
+from nanotrain.config.engine import EngineConfig, EngineKind
+from nanotrain.config.training import TrainingConfig
+
+if TYPE_CHECKING:
+    from nanotrain.engines.base import Engine
+    from nanotrain.model.hybrid import HybridModel
+
+
+def build_engine(config: EngineConfig, model: "HybridModel", training: TrainingConfig | None = None) -> "Engine":
+    """Return the engine of `config.kind` around `model`.
+
+    Args:
+        config: kind, device, precision, threads.
+        model: weights in fp32; moved to the engine's device.
+        training: optimizer settings; None = an engine that never trains (teacher, evaluation), without optimizer states.
+
+    Raises:
+        UserError: the engine cannot do what the config asks for.
+    """
+    assert config.kind is EngineKind.torch, config.kind
+    from nanotrain.engines.torch_engine import TorchEngine
+
+    return TorchEngine(config, model, training)

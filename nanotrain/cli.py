@@ -1,0 +1,222 @@
+"""The command line: `nanotrain run | report | chat | export`.
+
+Help comes in a blink: PyTorch and Hydra are imported by the command that needs them.
+Exit codes: 0 done, 1 our defect (with its traceback), 2 the user can mend it (one sentence), 75 preempted and saved.
+"""
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanotrain.config.errors import UserError
+
+if TYPE_CHECKING:
+    from nanotrain.config.load import LoadedRecipe
+    from nanotrain.config.stage import StageConfig
+
+EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75
+EXIT_INTERRUPTED = 130
+
+_RUN_EPILOG = """\
+overrides are Hydra's: key=value, +key=value, ~key, group=choice, lists [a,b], mappings {a:1}.
+  a stage recipe:  stage.training.steps=50   engine=torch_cpu   output_dir=runs/mine
+  a pipeline:      pretrain.stage.training.steps=50   (entry first; name, seed, output_dir, engine, tracking without)
+
+examples:
+  nanotrain run recipes/quickstart/pipeline.yaml
+  nanotrain run recipes/quickstart/pipeline.yaml pretrain.stage.training.steps=50 output_dir=runs/short
+  nanotrain run recipes/quickstart/distill.yaml                     one stage, inside the pipeline's folder
+  nanotrain run recipes/quickstart/pipeline.yaml --multirun seed=1,2
+
+Running the same command again does nothing when it is finished, and resumes when it was cut off.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(_flags_first(argv))
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    logging.getLogger("nanotrain").setLevel(logging.INFO)
+    logging.getLogger().setLevel(logging.WARNING)
+    try:
+        code: int = options.command(options)
+    except UserError as error:
+        print(f"nanotrain: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("nanotrain: interrupted; the same command resumes.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone: nobody is left to tell
+        return EXIT_INTERRUPTED
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nanotrain", description="Trains small hybrid Mamba-2 reasoning models.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run",
+        help="run a recipe: one stage or a whole pipeline",
+        description="Runs a stage recipe or a pipeline recipe.",
+        epilog=_RUN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument("recipe", metavar="RECIPE", help="YAML file; recipes shipped with the package need no checkout")
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    run.add_argument(
+        "--force",
+        nargs="?",
+        const="",
+        metavar="ENTRY",
+        help="make stale products again; with ENTRY, make that one again even if it is up to date",
+    )
+    run.add_argument("--cfg", action="store_true", help="print the composed recipe and stop")
+    run.add_argument(
+        "-m", "--multirun", action="store_true", help="expand a=1,2 range() choice() into runs, one after the other"
+    )
+    run.set_defaults(command=_run)
+
+    report = commands.add_parser("report", help="write report.html and report.json of a run again")
+    report.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="output folder of a run, such as runs/quickstart")
+    report.set_defaults(command=_report)
+
+    chat = commands.add_parser("chat", help="talk to a model")
+    chat.add_argument("folder", metavar="HF_FOLDER", type=Path, help="checkpoint, such as runs/quickstart/export/hf")
+    chat.add_argument(
+        "--thinking-budget", type=_non_negative, metavar="N", help="tokens of reasoning before the answer is asked for"
+    )
+    chat.add_argument("--no-think", action="store_true", help="answer without reasoning")
+    chat.set_defaults(command=_chat)
+
+    export = commands.add_parser("export", help="write a checkpoint as a verified Hugging Face folder")
+    export.add_argument("folder", metavar="HF_FOLDER", type=Path, help="checkpoint to export")
+    export.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write; must not exist")
+    export.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the weights (default: bfloat16)"
+    )
+    export.set_defaults(command=_export)
+    return parser
+
+
+def _non_negative(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 0")
+    return int(text)
+
+
+def _flags_first(argv: list[str]) -> list[str]:
+    """Let the flags of `run` stand anywhere between the overrides, which argparse alone does not.
+
+    `--force` takes the word after it only if that can be an entry's name: not an override, a flag or a recipe.
+    """
+    if not argv or argv[0] != "run":
+        return argv
+    flags, positionals = [], []
+    words = iter(argv[1:])
+    for word in words:
+        if word == "--":
+            positionals += list(words)
+        elif word == "--force":
+            flags.append(word)
+        elif flags and flags[-1] == "--force" and word is not argv[0] and re.fullmatch(r"[A-Za-z0-9][\w-]*", word):
+            flags[-1] = f"--force={word}"
+        else:
+            (flags if word.startswith("-") and word != "-" else positionals).append(word)
+    return ["run", *flags, "--", *positionals]
+
+
+def _run(options: argparse.Namespace) -> int:
+    from nanotrain.config.load import expand_sweeps, load_recipe
+
+    if options.multirun:
+        jobs = expand_sweeps(options.overrides)
+        recipes = [_with_suffix(load_recipe(options.recipe, job.overrides), options, job) for job in jobs]
+    else:
+        recipes = [load_recipe(options.recipe, options.overrides)]
+    if options.cfg:
+        print("\n---\n".join(recipe.to_yaml().rstrip() for recipe in recipes))
+        return 0
+    for recipe in recipes:
+        code = _run_one(recipe, True if options.force == "" else options.force or False)
+        if code:
+            return code
+    return 0
+
+
+def _with_suffix(recipe: "LoadedRecipe", options: argparse.Namespace, job: Any) -> "LoadedRecipe":
+    """Load a sweep's job again with a name and an output_dir of its own."""
+    from nanotrain.config.load import load_recipe
+
+    name, folder = recipe.name + job.suffix, f"{recipe.output_dir}{job.suffix}"
+    quoted = folder.replace("\\", "\\\\").replace("'", "\\'")
+    return load_recipe(options.recipe, [*job.overrides, f"name='{name}'", f"output_dir='{quoted}'"])
+
+
+def _run_one(recipe: "LoadedRecipe", force: bool | str) -> int:
+    from nanotrain.pipeline.run import run_pipeline
+    from nanotrain.runtime.signals import Preempted
+
+    try:
+        run_pipeline(recipe, _stages, report=_build_report, force=force)
+    except Preempted:
+        print("nanotrain: preempted; the work is saved, and the same command resumes it.", file=sys.stderr)
+        return EXIT_PREEMPTED
+    print(f"{recipe.output_dir / 'report.html'}")
+    return 0
+
+
+def _stages() -> Mapping[type["StageConfig"], Callable[..., Path]]:
+    from nanotrain.stages import STAGES
+
+    return STAGES
+
+
+def _build_report(output_dir: Path) -> None:
+    from nanotrain.report.build import build_report
+
+    build_report(output_dir)
+
+
+def _report(options: argparse.Namespace) -> int:
+    _build_report(options.run_dir)
+    print(f"{options.run_dir / 'report.html'}")
+    return 0
+
+
+def _chat(options: argparse.Namespace) -> int:
+    if options.no_think and options.thinking_budget is not None:
+        raise UserError("`--no-think` and `--thinking-budget` exclude each other; give one of them.")
+    from nanotrain.generation.chat import ChatSession
+
+    budget = 0 if options.no_think else options.thinking_budget
+    session = ChatSession(options.folder, thinking_budget=budget)
+    print("Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            print()
+            return 0
+        if text:
+            for piece in session.reply(text):
+                print(piece, end="", flush=True)
+            print()
+
+
+def _export(options: argparse.Namespace) -> int:
+    from nanotrain.stages.export import export_folder
+
+    print(export_folder(options.folder, options.output, options.dtype))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""A prepared data folder and its manifest: nothing is read from it before its bytes were checked against the manifest."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from nanotrain.config.errors import MissingInputError, UserError
+from nanotrain.runtime.files import file_digest, write_json_atomic
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+
+
+def write_manifest(folder: Path, content: dict[str, Any], files: list[str]) -> str:
+    """Write manifest.json over the named files of `folder` and return the manifest's own sha256.
+
+    Args:
+        folder: the data folder.
+        content: sources, categories, chat, tokenizer.
+        files: paths relative to `folder`; each gets its size and sha256.
+    """
+    listed = {name: {"bytes": (folder / name).stat().st_size, "sha256": file_digest(folder / name)} for name in files}
+    write_json_atomic(folder / MANIFEST, content | {"format": _FORMAT, "files": listed})
+    return file_digest(folder / MANIFEST)
+
+
+class DataFolder:
+    """A finished data folder.
+
+    Raises:
+        MissingInputError: the folder or its manifest is not there.
+        UserError: the manifest cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        file = self.folder / MANIFEST
+        if not file.is_file():
+            raise MissingInputError(
+                f"`{file}` is missing, so `{folder}` is not a prepared data folder; run the prepare stage or correct"
+                " `data_from`."
+            )
+        try:
+            self.manifest: dict[str, Any] = json.loads(file.read_bytes())
+            version, self._files = self.manifest["format"], self.manifest["files"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"`{file}` is not a manifest of this program ({error}); run the prepare stage again."
+            ) from None
+        if version != _FORMAT:
+            raise UserError(f"`{file}` has format {version}, this version reads {_FORMAT}; run the prepare stage again.")
+
+    @property
+    def tokenizer_digest(self) -> str:
+        """sha256 of the tokenizer.json that made the tokens."""
+        return self.manifest["tokenizer_digest"]
+
+    def file(self, name: str) -> Path:
+        """Return the path of a file after checking its bytes against the manifest.
+
+        Raises:
+            MissingInputError: the file is not there.
+            UserError: it is not in the manifest, or its bytes are not those of the manifest.
+        """
+        path = self.folder / name
+        if name not in self._files:
+            raise UserError(f"`{path}` is not listed in `{self.folder / MANIFEST}`; run the prepare stage again.")
+        if not path.is_file():
+            raise MissingInputError(f"`{path}` is missing though the manifest lists it; run the prepare stage again.")
+        stat = path.stat()
+        if stat.st_size != self._files[name]["bytes"] or (
+            _digest(path, stat.st_size, stat.st_mtime_ns, stat.st_ino) != self._files[name]["sha256"]
+        ):
+            raise UserError(
+                f"`{path}` does not match its sha256 in `{self.folder / MANIFEST}`: the file was changed or cut off; run"
+                " the prepare stage again."
+            )
+        return path
+
+    def shard(self, category: str, split: str) -> Path:
+        """Return the prefix of a token shard after checking both of its files."""
+        self.file(f"{category}/{split}.idx")
+        return self.file(f"{category}/{split}.bin").with_suffix("")
+
+    def check_tokenizer(self, tokenizer_folder: Path) -> None:
+        """Refuse a tokenizer that is not the one that made the tokens.
+
+        Raises:
+            MissingInputError: there is no tokenizer.json.
+            UserError: its sha256 differs.
+        """
+        file = Path(tokenizer_folder) / "tokenizer.json"
+        if not file.is_file():
+            raise MissingInputError(f"`{file}` is missing; a tokenizer folder holds tokenizer.json.")
+        if file_digest(file) != self.tokenizer_digest:
+            raise UserError(
+                f"`{file}` is not the tokenizer of the data in `{self.folder}` (sha256 differs); use the data that the"
+                " checkpoint was trained on, or the other way round."
+            )
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(path: Path, size: int, modified_ns: int, inode: int) -> str:
+    """Hash a file once per process and version of the file."""
+    return file_digest(path)

@@ -1,0 +1,95 @@
+"""What a stage may ask of an engine. The engine owns everything distributed and everything normalised."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanotrain.checkpoint.provenance import Provenance
+from nanotrain.config.model import ModelConfig
+from nanotrain.losses.base import LossFn
+from nanotrain.model.batch import MicroBatch
+from nanotrain.model.head import HeadWeight
+from nanotrain.model.hybrid import HybridModel
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, over all micro-batches and ranks."""
+
+    loss: float
+    """Sum of losses over sum of denominators; not finite in a step skipped for it."""
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    num_tokens: int
+    """Sum of the denominators: what counted in the loss."""
+    skipped: bool
+    """The loss or the gradient was not finite; weights and optimizer are as before the step."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The loss's own metrics, each sum over count."""
+
+
+class Engine(ABC):
+    """Runs one model. Ranks call the methods in the same order; what a method returns is the same on all of them."""
+
+    dp_rank: int
+    dp_size: int
+    device: torch.device
+    model_config: ModelConfig
+
+    @abstractmethod
+    def train_step(self, microbatches: Sequence[MicroBatch], loss_fn: LossFn, learning_rate: float) -> StepResult:
+        """Do exactly one optimizer step on sum of losses / sum of denominators.
+
+        Args:
+            microbatches: this rank's, equally many on every rank.
+            loss_fn: called inside the root module's forward.
+            learning_rate: of this step.
+        """
+
+    @abstractmethod
+    def evaluate(self, microbatches: Iterable[MicroBatch], loss_fn: LossFn) -> dict[str, float]:
+        """Return `loss` (sum over denominator; 0 if nothing counts), `num_tokens`, and the loss's metrics; no gradient."""
+
+    @abstractmethod
+    def hidden_states(self, microbatches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Return the last hidden states [B, S, D] of each micro-batch, without gradient: online teacher, reference."""
+
+    @abstractmethod
+    def head(self) -> AbstractContextManager[HeadWeight]:
+        """Yield the output matrix, without gradient; whole, or this rank's vocabulary shard, while open."""
+
+    @abstractmethod
+    def logprobs(self, batch: MicroBatch) -> Tensor:
+        """Return the log-probability of each label [B, S], 0 where labels are ignored, without gradient."""
+
+    @abstractmethod
+    def inference_model(self) -> AbstractContextManager[HybridModel]:
+        """Yield the model in eval mode, for the sampler and for pruning's capture."""
+
+    @abstractmethod
+    def load_hf(self, folder: Path) -> None:
+        """Load the weights of a checkpoint folder of the same architecture."""
+
+    @abstractmethod
+    def save_hf(
+        self,
+        folder: Path,
+        *,
+        dtype: torch.dtype | None = None,
+        tokenizer_from: Path | None = None,
+        provenance: Provenance | None = None,
+    ) -> None:
+        """Write a checkpoint folder; arguments as in checkpoint.hf_folder.save_model."""
+
+    @abstractmethod
+    def save_state(self, folder: Path) -> None:
+        """Write weights, optimizer and random states into an existing empty folder; for resume only."""
+
+    @abstractmethod
+    def load_state(self, folder: Path) -> None:
+        """Read what `save_state` wrote."""

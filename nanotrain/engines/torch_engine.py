@@ -1,0 +1,177 @@
+"""Plain torch in one process: fp32 parameters and states, products in fp32 or bf16 autocast."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nanotrain.checkpoint.hf_folder import load_state_dict, save_model
+from nanotrain.checkpoint.provenance import Provenance
+from nanotrain.config.engine import EngineConfig
+from nanotrain.config.training import TrainingConfig
+from nanotrain.engines.base import Engine, StepResult
+from nanotrain.engines.root import TrainingRoot
+from nanotrain.engines.torch_device import prepare_device
+from nanotrain.losses.base import LossFn, LossOutput
+from nanotrain.model.batch import MicroBatch
+from nanotrain.model.head import HeadWeight
+from nanotrain.model.hybrid import HybridModel
+from nanotrain.ops.linear_cross_entropy import token_log_probabilities
+from nanotrain.optim.adamw import build_adamw
+
+MODEL_FILE, OPTIMIZER_FILE, RANDOM_FILE = "model.safetensors", "optimizer.pt", "random.pt"
+
+
+class TorchEngine(Engine):
+    """One process, one device. See `Engine` for the methods."""
+
+    dp_rank = 0
+    dp_size = 1
+
+    def __init__(self, config: EngineConfig, model: HybridModel, training: TrainingConfig | None = None) -> None:
+        self.device, self._autocast_dtype = prepare_device(config)
+        self.model_config = model.config
+        self._model = model.to(self.device)
+        self._root = TrainingRoot(self._model)
+        self._optimizer: torch.optim.AdamW | None = None
+        if training is not None:
+            self._model.train()
+            self._clip = training.optimizer.gradient_clip
+            self._optimizer = build_adamw(model.named_parameters(), training.optimizer, training.learning_rate)
+        else:
+            self._model.eval().requires_grad_(False)
+
+    def train_step(self, microbatches: Sequence[MicroBatch], loss_fn: LossFn, learning_rate: float) -> StepResult:
+        assert self._optimizer is not None, "this engine was built without `training`"
+        # Counted where the loader left the labels, before the first forward: the device is not waited for.
+        num_tokens = sum(int(loss_fn.denominator(batch)) for batch in microbatches)
+        sums = _Sums()
+        for batch in microbatches:
+            with self._autocast():
+                output = self._root(batch.to(self.device), loss_fn)
+            (output.loss_sum / max(num_tokens, 1)).backward()
+            sums.add(output)
+        loss = sums.loss_sum / max(num_tokens, 1)
+        gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        grad_norm = float(norm)
+        skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
+        if not skipped:
+            if self._clip > 0:
+                torch.nn.utils.clip_grads_with_norm_(self._model.parameters(), self._clip, norm)
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss, grad_norm, num_tokens, skipped, sums.metrics())
+
+    @torch.no_grad()
+    def evaluate(self, microbatches: Iterable[MicroBatch], loss_fn: LossFn) -> dict[str, float]:
+        sums, num_tokens = _Sums(), 0
+        with self._evaluating():
+            for batch in microbatches:
+                num_tokens += int(loss_fn.denominator(batch))
+                sums.add(self._root(batch.to(self.device), loss_fn))
+        return {**sums.metrics(), "loss": sums.loss_sum / max(num_tokens, 1), "num_tokens": num_tokens}
+
+    @torch.no_grad()
+    def hidden_states(self, microbatches: Sequence[MicroBatch]) -> list[Tensor]:
+        with self._evaluating():
+            return [self._root(batch.to(self.device)) for batch in microbatches]
+
+    @contextmanager
+    def head(self) -> Iterator[HeadWeight]:
+        yield HeadWeight(self._model.output_weight().detach())
+
+    @torch.no_grad()
+    def logprobs(self, batch: MicroBatch) -> Tensor:
+        batch = batch.to(self.device)
+        with self._evaluating():
+            return token_log_probabilities(self._root(batch), self._model.output_weight(), batch.labels)
+
+    @contextmanager
+    def inference_model(self) -> Iterator[HybridModel]:
+        with self._eval_mode():
+            yield self._model
+
+    def load_hf(self, folder: Path) -> None:
+        self._model.load_state_dict(load_state_dict(folder))
+
+    def save_hf(
+        self,
+        folder: Path,
+        *,
+        dtype: torch.dtype | None = None,
+        tokenizer_from: Path | None = None,
+        provenance: Provenance | None = None,
+    ) -> None:
+        save_model(self._model, folder, dtype=dtype, tokenizer_from=tokenizer_from, provenance=provenance)
+
+    def save_state(self, folder: Path) -> None:
+        assert self._optimizer is not None, "only a training engine has a state to resume from"
+        save_file({name: p.detach().contiguous() for name, p in self._model.named_parameters()}, folder / MODEL_FILE)
+        torch.save(self._optimizer.state_dict(), folder / OPTIMIZER_FILE)
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        torch.save(random, folder / RANDOM_FILE)
+
+    def load_state(self, folder: Path) -> None:
+        assert self._optimizer is not None, "only a training engine can resume"
+        stored = load_file(folder / MODEL_FILE)
+        parameters = dict(self._model.named_parameters())
+        assert stored.keys() == parameters.keys(), "the state is of another architecture"
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(stored[name])
+        self._optimizer.load_state_dict(torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True))
+        random = torch.load(folder / RANDOM_FILE, map_location="cpu", weights_only=True)
+        torch.set_rng_state(random["cpu"])
+        if self.device.type == "cuda" and "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"], self.device)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self._autocast_dtype, enabled=self._autocast_dtype is not None)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        with self._eval_mode(), self._autocast():
+            yield
+
+    @contextmanager
+    def _eval_mode(self) -> Iterator[None]:
+        training = self._model.training
+        self._model.eval()
+        try:
+            yield
+        finally:
+            self._model.train(training)
+
+
+class _Sums:
+    """Adds losses and metrics up in double precision, on the device, so that nothing waits for a micro-batch."""
+
+    def __init__(self) -> None:
+        self._loss: Tensor | None = None
+        self._metrics: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def add(self, output: LossOutput) -> None:
+        loss = output.loss_sum.detach().double()
+        self._loss = loss if self._loss is None else self._loss + loss
+        for name, (total, count) in output.metrics.items():
+            total, count = total.detach().double(), count.detach().double()
+            if name in self._metrics:
+                total, count = total + self._metrics[name][0], count + self._metrics[name][1]
+            self._metrics[name] = (total, count)
+
+    @property
+    def loss_sum(self) -> float:
+        return 0.0 if self._loss is None else float(self._loss)
+
+    def metrics(self) -> dict[str, float]:
+        """Return sum over count of each metric, leaving out those that counted nothing."""
+        return {name: float(total / count) for name, (total, count) in self._metrics.items() if float(count)}

@@ -1,0 +1,146 @@
+"""The three mixers of a hybrid model, with NemotronH's parameter names. None has a bias except the convolution."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanotrain.config.model import ModelConfig
+from nanotrain.model.cache import HybridCache
+from nanotrain.ops.attention import attention
+from nanotrain.ops.causal_conv1d import causal_conv1d
+from nanotrain.ops.rms_norm import grouped_gated_rms_norm, rms_norm
+from nanotrain.ops.ssd import ssd_scan, ssd_step
+from nanotrain.planning.parameters import FP32_TENSORS
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last dimension, fp32 inside."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., D] to [..., D]."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class DepthwiseConv(nn.Module):
+    """Holds the weight [C, 1, K] and the bias [C] of a depthwise causal convolution under the names `conv1d.*`."""
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, kernel))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    def forward(self, x: Tensor, segment_ids: Tensor | None, initial_state: Tensor | None) -> Tensor:
+        """Map [B, S, C] to [B, S, C], SiLU included."""
+        return causal_conv1d(x, self.weight, self.bias, segment_ids=segment_ids, initial_state=initial_state)
+
+
+class MambaMixer(nn.Module):
+    """Mamba-2: in_proj to [z, x, B, C, dt], convolution over [x, B, C], SSD scan, gate and grouped norm, out_proj."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.in_proj = nn.Linear(config.hidden_size, config.in_proj_size, bias=False)
+        self.conv1d = DepthwiseConv(config.conv_channels, config.conv_kernel)
+        self.A_log = nn.Parameter(torch.empty(config.mamba_num_heads))
+        self.D = nn.Parameter(torch.empty(config.mamba_num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(config.mamba_num_heads))
+        self.norm = RMSNorm(config.mamba_inner_size, config.layer_norm_epsilon)
+        self.out_proj = nn.Linear(config.mamba_inner_size, config.hidden_size, bias=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MambaMixer":
+        """Move or cast, but leave A_log and D at fp32 or more: rounding A shifts every decay of a long sequence."""
+        before = {name: self._parameters[name] for name in FP32_TENSORS}
+        before = {name: parameter.data for name, parameter in before.items() if parameter is not None}
+        super()._apply(fn, recurse)
+        for name, wide in before.items():
+            parameter = self._parameters[name]
+            assert parameter is not None
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = wide.to(device=parameter.device, dtype=torch.promote_types(wide.dtype, torch.float32))
+        return self
+
+    def forward(
+        self, u: Tensor, segment_ids: Tensor | None, cache: HybridCache | None, num_valid: Tensor | None
+    ) -> Tensor:
+        """Map [B, S, D] to [B, S, D]; see HybridModel.hidden_states for the arguments."""
+        config = self.config
+        z, xBC, dt = self.in_proj(u).split(
+            [config.mamba_inner_size, config.conv_channels, config.mamba_num_heads], dim=-1
+        )
+        wide = torch.promote_types(dt.dtype, torch.float32)
+        dt = F.softplus(dt.to(wide) + self.dt_bias)
+        if num_valid is not None:  # dt = 0 at padding: it leaves the state as it is
+            dt = dt * (torch.arange(dt.shape[1], device=dt.device) < num_valid[:, None])[..., None]
+        y = self._scan(xBC, dt, segment_ids, cache, num_valid)
+        y = grouped_gated_rms_norm(y.flatten(2), z, self.norm.weight, config.layer_norm_epsilon, config.n_groups)
+        return self.out_proj(y)
+
+    def _scan(
+        self, xBC: Tensor, dt: Tensor, segment_ids: Tensor | None, cache: HybridCache | None, num_valid: Tensor | None
+    ) -> Tensor:
+        """Convolution and SSD: [B, S, C] and dt [B, S, H] to [B, S, H, P]."""
+        config = self.config
+        convolved = self.conv1d(xBC, segment_ids, None if cache is None else cache.conv_states[self.layer])
+        size = config.n_groups * config.ssm_state_size
+        x, B, C = convolved.split([config.mamba_inner_size, size, size], dim=-1)
+        x = x.unflatten(-1, (config.mamba_num_heads, config.mamba_head_dim))
+        B, C = (t.unflatten(-1, (config.n_groups, config.ssm_state_size)) for t in (B, C))
+        A = -torch.exp(self.A_log.to(dt.dtype))
+        if cache is None:
+            return ssd_scan(x, dt, A, B, C, self.D, chunk_size=config.chunk_size, segment_ids=segment_ids)[0]
+        cache.store_conv_inputs(self.layer, xBC, num_valid)
+        state = cache.ssm_states[self.layer]
+        if xBC.shape[1] == 1:
+            y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, state)
+            y = y[:, None]
+        else:
+            y, state = ssd_scan(x, dt, A, B, C, self.D, chunk_size=config.chunk_size, initial_state=state)
+        cache.ssm_states[self.layer] = state
+        return y
+
+
+class AttentionMixer(nn.Module):
+    """Causal grouped-query attention without position embedding."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self, u: Tensor, segment_ids: Tensor | None, cache: HybridCache | None, num_valid: Tensor | None
+    ) -> Tensor:
+        """Map [B, S, D] to [B, S, D]; see HybridModel.hidden_states for the arguments."""
+        del num_valid  # padding is on the right: no real query sees it, and the next tokens overwrite it
+        q, k, v = (p(u).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if cache is None:
+            y = attention(q, k, v, segment_ids=segment_ids)
+        else:
+            k, v = cache.append_keys_values(self.layer, k, v)
+            y = attention(q, k, v, num_cached=cache.lengths)
+        return self.o_proj(y.flatten(2))
+
+
+class MLPMixer(nn.Module):
+    """down(relu(up(u))^2), no gate."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        del layer
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, u: Tensor, *_unused: Any) -> Tensor:
+        """Map [B, S, D] to [B, S, D]; positions do not meet here."""
+        return self.down_proj(F.relu(self.up_proj(u)).square())

@@ -1,0 +1,93 @@
+"""How long an entry has worked and how much memory it took, over all its attempts, killed ones included.
+
+A thread rewrites `attempts.json` every few seconds, so that a SIGKILL loses at most that much of the account.
+"""
+
+import json
+import resource
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanotrain.pipeline.products import ATTEMPTS_FILE
+from nanotrain.runtime.files import write_json_atomic
+
+HEARTBEAT_SECONDS = 2.0
+
+
+@dataclass
+class Attempts:
+    """The account of one entry."""
+
+    fingerprint: str
+    """Of the recipe and inputs that the unfinished work belongs to."""
+    seconds: list[float] = field(default_factory=list)
+    """Wall clock of each attempt."""
+    peak_memory_bytes: int = 0
+    """Largest resident set over all attempts."""
+
+
+def load_attempts(folder: Path) -> Attempts | None:
+    """Return the account of an entry that was started, None when there is none that can be read."""
+    try:
+        value: dict[str, Any] = json.loads((folder / ATTEMPTS_FILE).read_text(encoding="utf-8"))
+        return Attempts(**value)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+@contextmanager
+def attempt(folder: Path, fingerprint: str) -> Iterator[Attempts]:
+    """Account for the block as one more attempt at the entry in `folder`."""
+    attempts = load_attempts(folder)
+    if attempts is None or attempts.fingerprint != fingerprint:  # of a recipe that left no work: see status.py
+        attempts = Attempts(fingerprint)
+    attempts.seconds.append(0.0)
+    start = time.monotonic()
+    earlier_peak = attempts.peak_memory_bytes
+    reset_peak_memory()
+    stop = threading.Event()
+
+    def account() -> None:
+        attempts.seconds[-1] = time.monotonic() - start
+        attempts.peak_memory_bytes = max(earlier_peak, peak_memory_bytes())
+        write_json_atomic(folder / ATTEMPTS_FILE, attempts.__dict__)
+
+    def beat() -> None:
+        while not stop.wait(HEARTBEAT_SECONDS):
+            account()
+
+    account()
+    heart = threading.Thread(target=beat, name="attempt-heartbeat", daemon=True)
+    heart.start()
+    try:
+        yield attempts
+    finally:
+        stop.set()
+        heart.join()
+        account()
+
+
+def reset_peak_memory() -> None:
+    """Make the kernel's high-water mark of this process start afresh, where it can (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return  # the mark then covers the whole process, which is an upper bound
+
+
+def peak_memory_bytes() -> int:
+    """Return the high-water mark of this process's resident set since the last reset, in bytes."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

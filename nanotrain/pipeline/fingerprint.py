@@ -1,0 +1,58 @@
+"""When two runs of an entry would give the same product: equal recipe, equal inputs, equal package version."""
+
+import hashlib
+import importlib.metadata
+import json
+from typing import Any
+
+_IGNORED_KEYS = ("name", "output_dir", "tracking")
+"""Where a run lies, what it is called and who watches it do not change its product."""
+
+
+def package_version() -> str:
+    """Return the version of the installed package."""
+    return importlib.metadata.version("nanotrain")
+
+
+def fingerprinted(resolved: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a resolved recipe changes the product.
+
+    `*_from` keys go out because the digests of what they name come in; CPU threads go out because they are a matter
+    of the machine.
+    """
+    kept = {key: value for key, value in resolved.items() if key not in _IGNORED_KEYS}
+    kept["engine"] = {key: value for key, value in resolved["engine"].items() if key != "threads"}
+    kept["stage"] = {key: value for key, value in resolved["stage"].items() if not key.endswith("_from")}
+    return kept
+
+
+def recipe_digest(resolved: dict[str, Any], stage: str) -> str:
+    """Return the sha256 of the part of the recipe that changes the product.
+
+    Args:
+        resolved: the recipe as plain values.
+        stage: class name of the stage's config, which the plain values do not show.
+    """
+    text = json.dumps({"stage": stage, "recipe": fingerprinted(resolved)}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fingerprint(recipe: str, input_digests: dict[str, str]) -> str:
+    """Return the sha256 over a recipe's digest, the digests of its inputs by key, and the package version."""
+    text = json.dumps({"recipe": recipe, "inputs": input_digests, "version": package_version()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return `key: old -> new` for every value that differs between two resolved recipes, by what changes a product."""
+    before, after = _flat(fingerprinted(old), ""), _flat(fingerprinted(new), "")
+    keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    return [f"{key}: {before.get(key, 'unset')} -> {after.get(key, 'unset')}" for key in keys]
+
+
+def _flat(value: Any, path: str) -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {k: v for key, item in value.items() for k, v in _flat(item, f"{path}.{key}".lstrip(".")).items()}
+    if isinstance(value, list) and value:
+        return {k: v for i, item in enumerate(value) for k, v in _flat(item, f"{path}[{i}]").items()}
+    return {path: value}
