@@ -1,14 +1,10 @@
 """Choice of device, precision and threads for plain torch, logged once a process."""
 
-import functools
-import logging
-
 import torch
 
 from nanotrain.config.engine import Device, EngineConfig, Precision
 from nanotrain.config.errors import UserError
-
-logger = logging.getLogger("nanotrain")
+from nanotrain.runtime.logging import log_once
 
 _default_threads = torch.get_num_threads()
 
@@ -65,10 +61,6 @@ def prepare_device(config: EngineConfig) -> tuple[torch.device, torch.dtype | No
     set_threads(config.threads)
     device = choose_device(config.device)
     dtype = choose_autocast_dtype(config.precision, device)
-    _log_choice(str(device), "fp32" if dtype is None else "bf16 autocast", torch.get_num_threads())
+    products = "fp32" if dtype is None else "bf16 (autocast)"
+    log_once(f"engine torch: {device}, products in {products}, parameters in fp32, {torch.get_num_threads()} threads")
     return device, dtype
-
-
-@functools.cache
-def _log_choice(device: str, precision: str, threads: int) -> None:
-    logger.info("engine torch: device %s, products in %s, parameters and states in fp32, %d threads", device, precision, threads)

@@ -61,7 +61,7 @@ def _stage_numbers(entry: EntryRecord) -> dict[str, Any]:
         "finished": entry.is_finished,
         "seconds": entry.seconds,
         "peak_memory_bytes": entry.peak_memory_bytes,
-        "seed": entry.recipe["seed"] if "seed" in entry.recipe else None,
+        "seed": entry.recipe.get("seed", None),
         "kind": record["kind"] if record else None,
         "product": record["product"] if record else None,
         "product_digest": record["product_digest"] if record else None,

@@ -89,7 +89,7 @@ def read_run(folder: Path) -> RunRecord:
     if not names and not run_file:
         raise UserError(f"{folder} holds no entry of a run; give the output_dir of `nanotrain run`.")
     entries = [_read_entry(folder / name) for name in names]
-    order = run_file["order"] if "order" in run_file else []
+    order = run_file.get("order", [])
 
     def rank(entry: EntryRecord) -> tuple[int, int, str]:
         place = order.index(entry.name) if entry.name in order else len(order)

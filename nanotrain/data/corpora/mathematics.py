@@ -5,8 +5,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 
-from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import GSMSymbolicConfigType, GSMSymbolicDataset
-
+from nanotrain.data.corpora.word_problems import word_problems
 from nanotrain.data.documents import Document
 from nanotrain.data.wheels import WheelReader
 
@@ -34,3 +33,10 @@ def champ_problems(reader: WheelReader) -> Iterator[Document]:
         steps = [step["_text"] for step in problem["solution"]["steps"]]
         lines = [f"Problem. {problem['_text']}", "Solution.", *steps, f"Answer: {problem['_answer']}"]
         yield Document("\n".join(lines) + "\n", f"champ:{name}", "champ")
+
+
+def word_problem_texts(first: int, count: int) -> Iterator[Document]:
+    """Yield generated word problems with worked solutions as running text; the family is the template."""
+    for problem in word_problems(first, count):
+        text = f"{problem.question}\n{problem.steps}Answer: {problem.answer}\n"
+        yield Document(text, problem.family, "gsm_symbolic")

@@ -1,0 +1,83 @@
+"""Turns step results into the line of numbers that the progress bar, metrics.jsonl and the trackers show."""
+
+import time
+from typing import Any
+
+from nanotrain.config.training import TrainingConfig
+from nanotrain.engines.base import Engine, StepResult
+from nanotrain.planning.flops import training_flops_per_token
+from nanotrain.runtime.timing import (
+    device_name,
+    eta_seconds,
+    memory_bytes,
+    mfu,
+    peak_flops_per_second,
+    tokens_per_second,
+)
+
+
+class Meter:
+    """Keeps time over restarts, and rates since the last line.
+
+    Rates count the tokens that the model read (input tokens), as the FLOPs do, not those that count in the loss.
+    """
+
+    def __init__(self, engine: Engine, training: TrainingConfig, seconds_before: float = 0.0) -> None:
+        self._device_type = engine.device.type
+        self._steps = training.steps
+        self._flops_per_token = training_flops_per_token(engine.model_config, training.sequence_length)
+        peak = peak_flops_per_second(device_name(self._device_type))
+        self._peak = None if peak is None else peak * engine.dp_size
+        self._seconds_before = seconds_before
+        self._start = time.perf_counter()
+        self._steps_here = 0
+        self._busy = 0.0
+        self._window_tokens, self._window_seconds = 0, 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Wall clock of the loop, all attempts together."""
+        return self._seconds_before + time.perf_counter() - self._start
+
+    def count(self, tokens: int, seconds: float) -> None:
+        """Add one step: tokens read by all ranks, and its wall clock, loading included."""
+        self._steps_here += 1
+        self._busy += seconds
+        self._window_tokens += tokens
+        self._window_seconds += seconds
+
+    def line(self, step: int, result: StepResult, learning_rate: float, tokens: int) -> dict[str, Any]:
+        """Return the numbers after `step` steps and start a new window for the rates.
+
+        `mfu` is None where the device's peak is unknown (CPU).
+        """
+        tokens_window, seconds = self._window_tokens, self._window_seconds
+        self._window_tokens, self._window_seconds = 0, 0.0
+        return {
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": learning_rate,
+            "tokens_per_second": tokens_per_second(tokens_window, seconds),
+            "mfu": mfu(self._flops_per_token * tokens_window, seconds, self._peak),
+            "memory_bytes": memory_bytes(self._device_type),
+            "eta_seconds": eta_seconds(self._steps_here, self._steps_here + self._steps - step, self._busy),
+            "seconds": self.seconds,
+            "tokens": tokens,
+            "loss_tokens": result.num_tokens,
+            "skipped": result.skipped,
+            **result.metrics,
+        }
+
+
+def describe(line: dict[str, Any]) -> dict[str, str]:
+    """Return the short form of a line for the progress bar and the log."""
+    utilisation = "-" if line["mfu"] is None else f"{line['mfu']:.1%}"
+    return {
+        "loss": f"{line['loss']:.4f}",
+        "grad_norm": f"{line['grad_norm']:.3f}",
+        "lr": f"{line['lr']:.2e}",
+        "tokens/s": f"{line['tokens_per_second']:,.0f}",
+        "mfu": utilisation,
+        "mem": f"{line['memory_bytes'] / 2**30:.2f}G",
+        "eta": f"{line['eta_seconds']:.0f}s",
+    }
