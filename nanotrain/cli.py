@@ -5,11 +5,12 @@ Exit codes: 0 done, 1 our defect (with its traceback), 2 the user can mend it (o
 """
 
 import argparse
-import logging
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from nanotrain.config.errors import UserError
@@ -41,16 +42,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(_flags_first(argv))
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    logging.getLogger("nanotrain").setLevel(logging.INFO)
-    logging.getLogger().setLevel(logging.WARNING)
     try:
         code: int = options.command(options)
     except UserError as error:
         print(f"nanotrain: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("nanotrain: interrupted; the same command resumes.", file=sys.stderr)
+        print("nanotrain: interrupted.", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone: nobody is left to tell
@@ -160,16 +158,34 @@ def _with_suffix(recipe: "LoadedRecipe", options: argparse.Namespace, job: Any) 
     return load_recipe(options.recipe, [*job.overrides, f"name='{name}'", f"output_dir='{quoted}'"])
 
 
+class _Terminated(BaseException):
+    """A scheduler's signal outside the training loop, which has a handler of its own.
+
+    Such stages have written every finished work item already, so stopping at once loses no more than one item.
+    """
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
 def _run_one(recipe: "LoadedRecipe", force: bool | str) -> int:
     from nanotrain.pipeline.run import run_pipeline
+    from nanotrain.runtime.logging import set_up_logging
     from nanotrain.runtime.signals import Preempted
 
+    set_up_logging()
+    previous = {number: signal.signal(number, _terminate) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         run_pipeline(recipe, _stages, report=_build_report, force=force)
-    except Preempted:
-        print("nanotrain: preempted; the work is saved, and the same command resumes it.", file=sys.stderr)
+    except (Preempted, _Terminated, KeyboardInterrupt) as stop:
+        reason = str(stop) or "stopped; finished work is saved, and the same command continues."
+        print(f"nanotrain: {reason}", file=sys.stderr)
         return EXIT_PREEMPTED
-    print(f"{recipe.output_dir / 'report.html'}")
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    print(recipe.output_dir / "report.html")
     return 0
 
 
@@ -187,7 +203,7 @@ def _build_report(output_dir: Path) -> None:
 
 def _report(options: argparse.Namespace) -> int:
     _build_report(options.run_dir)
-    print(f"{options.run_dir / 'report.html'}")
+    print(options.run_dir / "report.html")
     return 0
 
 
@@ -196,8 +212,8 @@ def _chat(options: argparse.Namespace) -> int:
         raise UserError("`--no-think` and `--thinking-budget` exclude each other; give one of them.")
     from nanotrain.generation.chat import ChatSession
 
-    budget = 0 if options.no_think else options.thinking_budget
-    session = ChatSession(options.folder, thinking_budget=budget)
+    thinking = False if options.no_think else None  # None leaves the choice to /think and /no_think
+    session = ChatSession(options.folder, thinking_budget=options.thinking_budget, thinking=thinking)
     print("Ctrl-D ends.", file=sys.stderr)
     while True:
         try:

@@ -98,6 +98,8 @@ class TrainingConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation_interval: int = 0
     """Held-out loss every so many steps; 0 = only after the last step."""
+    evaluation_tokens: int = 0
+    """Held-out tokens scored per category, spread evenly over its text; 0 = all."""
     save_interval_seconds: float = 600.0
     """A resumable state is saved when so much time has passed since the last one."""
     keep_last: int = 2
@@ -114,7 +116,7 @@ class TrainingConfig:
     def validate(self, path: str) -> None:
         """Raise UserError when a value is out of range or batch sizes do not divide."""
         minimum = {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1, "sequence_length": 2, "keep_last": 1}
-        minimum |= {"evaluation_interval": 0, "log_interval": 1, "max_nonfinite_steps": 1}
+        minimum |= {"evaluation_interval": 0, "evaluation_tokens": 0, "log_interval": 1, "max_nonfinite_steps": 1}
         for name, least in minimum.items():
             if self.__dict__[name] < least:
                 raise UserError(f"`{path}.{name}` ({self.__dict__[name]}) must be at least {least}.")

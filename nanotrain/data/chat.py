@@ -40,12 +40,12 @@ class _Generation(Extension):
 
     tags = {"generation"}  # noqa: RUF012 - jinja's own form
 
-    def parse(self, parser):  # noqa: ANN001, ANN201
+    def parse(self, parser):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
 
-    def _mark(self, caller) -> str:  # noqa: ANN001
+    def _mark(self, caller) -> str:
         return f"{_OPEN}{caller()}{_CLOSE}"
 
 

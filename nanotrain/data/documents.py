@@ -96,9 +96,7 @@ def cap_bytes(documents: list[Document], max_bytes: int) -> list[Document]:
     return kept
 
 
-def split_by_family(
-    documents: list[Document], validation_fraction: float
-) -> tuple[list[Document], list[Document]]:
+def split_by_family(documents: list[Document], validation_fraction: float) -> tuple[list[Document], list[Document]]:
     """Return (train, validation).
 
     A family is held out when the hash of its name falls below `validation_fraction`: adding text never moves what is

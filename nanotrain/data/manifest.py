@@ -49,7 +49,9 @@ class DataFolder:
                 f"`{file}` is not a manifest of this program ({error}); run the prepare stage again."
             ) from None
         if version != _FORMAT:
-            raise UserError(f"`{file}` has format {version}, this version reads {_FORMAT}; run the prepare stage again.")
+            raise UserError(
+                f"`{file}` has format {version}, this version reads {_FORMAT}; run the prepare stage again."
+            )
 
     @property
     def tokenizer_digest(self) -> str:

@@ -144,7 +144,9 @@ class TokenShardWriter:
     def __init__(self, prefix: Path, dtype: np.dtype | type) -> None:
         self.dtype = np.dtype(dtype)
         if self.dtype not in _CODES:
-            raise UserError(f"dtype {self.dtype} cannot be stored in a token shard; use one of {sorted(map(str, _CODES))}.")
+            raise UserError(
+                f"dtype {self.dtype} cannot be stored in a token shard; use one of {sorted(map(str, _CODES))}."
+            )
         self._final = shard_files(Path(prefix))
         self._final[0].parent.mkdir(parents=True, exist_ok=True)
         self._temporary = tuple(file.with_name(f".{file.name}.{os.getpid()}.tmp") for file in self._final)
@@ -162,7 +164,9 @@ class TokenShardWriter:
         """
         array = np.asarray(tokens)
         if array.size == 0:
-            raise UserError(f"`{self._final[0]}`: document {len(self._bounds) - 1} is empty; drop empty documents first.")
+            raise UserError(
+                f"`{self._final[0]}`: document {len(self._bounds) - 1} is empty; drop empty documents first."
+            )
         low, high = array.min(), array.max()
         if low < self._range[0] or high > self._range[1]:
             raise UserError(f"`{self._final[0]}`: token {low if low < 0 else high} does not fit dtype {self.dtype}.")

@@ -182,7 +182,7 @@ class WheelReader:
     """Text and bytes of a wheel's members, with errors that name the wheel and the member."""
 
     def __init__(self, wheel: Path) -> None:
-        self.wheel = wheel
+        self.wheel = Path(wheel)
         self._archive = zipfile.ZipFile(wheel)
         self._members = sorted(self._archive.namelist())
 
@@ -201,7 +201,9 @@ class WheelReader:
         try:
             return self._archive.read(member)
         except (KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"`{self.wheel}`: {member} cannot be read ({error}); delete the wheel and run again.") from None
+            raise UserError(
+                f"`{self.wheel}`: {member} cannot be read ({error}); delete the wheel and run again."
+            ) from None
 
     def read_text(self, member: str) -> str:
         """Return one member's UTF-8 text."""

@@ -4,8 +4,6 @@ A thread rewrites `attempts.json` every few seconds, so that a SIGKILL loses at 
 """
 
 import json
-import resource
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +14,7 @@ from typing import Any
 
 from nanotrain.pipeline.products import ATTEMPTS_FILE
 from nanotrain.runtime.files import write_json_atomic
+from nanotrain.runtime.timing import peak_memory_bytes, reset_peak_memory
 
 HEARTBEAT_SECONDS = 2.0
 
@@ -71,23 +70,3 @@ def attempt(folder: Path, fingerprint: str) -> Iterator[Attempts]:
         stop.set()
         heart.join()
         account()
-
-
-def reset_peak_memory() -> None:
-    """Make the kernel's high-water mark of this process start afresh, where it can (Linux)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return  # the mark then covers the whole process, which is an upper bound
-
-
-def peak_memory_bytes() -> int:
-    """Return the high-water mark of this process's resident set since the last reset, in bytes."""
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from nanotrain.config.model import ATTENTION, MAMBA, MLP, ModelConfig
 from nanotrain.planning.patterns import count_layers
 
-FP32_TENSORS = ("A_log", "D")
+FP32_TENSORS = ("A_log", "D", "dt_bias")
 """Last part of the names of tensors that a checkpoint keeps in fp32 whatever its dtype."""
 
 
@@ -45,8 +45,8 @@ def count_non_embedding_parameters(config: ModelConfig) -> int:
 
 
 def checkpoint_bytes(config: ModelConfig, bytes_per_weight: int = 2) -> int:
-    """Return the bytes of the tensors of a saved checkpoint; A_log and D are always 4 bytes a value."""
-    fp32_values = 2 * config.mamba_num_heads * count_layers(config.hybrid_layer_pattern).mamba
+    """Return the bytes of the tensors of a saved checkpoint; A_log, D and dt_bias are always 4 bytes a value."""
+    fp32_values = len(FP32_TENSORS) * config.mamba_num_heads * count_layers(config.hybrid_layer_pattern).mamba
     return (count_parameters(config) - fp32_values) * bytes_per_weight + fp32_values * 4
 
 

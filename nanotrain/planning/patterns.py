@@ -5,9 +5,6 @@ from typing import NamedTuple
 
 from nanotrain.config.model import ATTENTION, MAMBA, MLP
 
-KIND_NAMES = {MAMBA: "mamba", ATTENTION: "attention", MLP: "mlp"}
-"""Letter -> the name that NemotronH's config.json uses in `layers_block_type`."""
-
 
 class LayerCounts(NamedTuple):
     """Layers of each kind."""

@@ -106,6 +106,7 @@ def _batch_sums(
         assert name not in sums, name
         sums[name] = aggregations.batch_sum(aggregations.over_sequence(activations)).cpu()
 
+    batch = batch.to(model.output_weight().device)
     with _capture(model, layers, add):
         final_norm(model, run_layers(model, embed(model, batch), layers, batch))
     expected = len(layers) + 1 + sum(model.config.hybrid_layer_pattern[layer] in (MAMBA, MLP) for layer in layers)

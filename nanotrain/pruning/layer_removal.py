@@ -186,6 +186,7 @@ def squared_logit_errors(
         candidates: layers to score, none of them in `removed`.
         gram: `output_gram` of the model's output matrix.
     """
+    batch = batch.to(gram.device)
     remaining = [layer for layer in range(model.config.num_hidden_layers) if layer not in removed]
     hidden = embed(model, batch)
     original = final_norm(model, run_layers(model, hidden, range(model.config.num_hidden_layers), batch))

@@ -1,6 +1,5 @@
 """The baseline: what to keep drawn at random, with the same sizes. Draws depend on (seed, item), not on their order."""
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -9,12 +8,12 @@ from torch import Tensor
 from nanotrain.config.model import MAMBA, MLP, ModelConfig
 from nanotrain.pruning.importance import WidthScores
 from nanotrain.pruning.layer_removal import DepthTargets, LayerRemoval
+from nanotrain.runtime.seeding import derived_seed
 
 
 def _uniform(seed: int, item: str, count: int) -> Tensor:
     """Return `count` fp64 draws from [0, 1) that depend on seed and item only."""
-    digest = hashlib.sha256(f"nanotrain.pruning/{seed}/{item}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = torch.Generator().manual_seed(derived_seed(seed, "pruning", item))
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 

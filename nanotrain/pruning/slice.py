@@ -50,7 +50,7 @@ def slice_state_dict(
             if layer not in new_index:
                 continue
             axes = _layer_axes(".".join(parts[3:]), layer, config, plan)
-            name = ".".join([*parts[:2], str(new_index[layer]), *parts[3:]])  # noqa: PLW2901
+            name = ".".join([*parts[:2], str(new_index[layer]), *parts[3:]])
         else:
             axes = (plan.hidden,) if tensor.dim() == 1 else (None, plan.hidden)
         result[name] = _keep(tensor, axes)

@@ -20,7 +20,7 @@ GIGA = 1e9
 def test_matrix_products(published, size, gigaflops):
     flops = forward_flops(published(size), 8192)
     parts = (flops.mamba_projections, flops.attention_projections, flops.mlp, flops.output_head, flops.matrix_products)
-    assert [part / GIGA for part in parts] == pytest.approx(gigaflops, abs=3e-3)
+    assert [part / GIGA for part in parts] == pytest.approx(gigaflops, abs=5e-3)
 
 
 @pytest.mark.parametrize("length, attention_core, forward", [

@@ -77,7 +77,7 @@ def test_counts_equal_a_real_model(pattern, tied):
     assert parameters.count_non_embedding_parameters(config) == parameters.count_parameters(config) - embeddings
 
 
-def test_checkpoint_bytes_keep_two_tensors_in_fp32():
+def test_checkpoint_bytes_keep_what_the_model_keeps_in_fp32():
     config = tiny()
     expected = sum(
         prod(shape) * (4 if name.endswith(parameters.FP32_TENSORS) else 2)

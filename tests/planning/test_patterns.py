@@ -1,6 +1,6 @@
 import pytest
 
-from nanotrain.planning.patterns import KIND_NAMES, count_layers, layers_of_kind, without_layers
+from nanotrain.planning.patterns import count_layers, layers_of_kind, without_layers
 
 
 def test_counts_and_indices_of_the_published_strings(published):
@@ -24,7 +24,3 @@ def test_removing_nothing_and_all_but_one():
 def test_an_index_outside_is_our_defect():
     with pytest.raises(AssertionError):
         without_layers("M-*", [3])
-
-
-def test_every_letter_has_a_name():
-    assert KIND_NAMES == {"M": "mamba", "*": "attention", "-": "mlp"}

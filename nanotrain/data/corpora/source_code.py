@@ -25,8 +25,8 @@ def django_files(reader: WheelReader) -> Iterator[Document]:
 def codeio_programs(reader: WheelReader) -> Iterator[Document]:
     """Yield a task, what goes in and out, and the program that solves it; the family is the task."""
     lines = gzip.decompress(reader.read_bytes(CODEIO_MEMBER)).decode("utf-8").splitlines()
-    for number, line in enumerate(lines):
+    for line in lines:
         row = json.loads(line)
         task = row["task_description"].strip()
         header = "\n".join(f"# {part}" for part in f"{task}\n{row['input_output_spec'].strip()}".splitlines())
-        yield Document(f"{header}\n{row['code_sample'].strip()}\n", f"codeio:{number}:{task[:80]}", "codeio")
+        yield Document(f"{header}\n{row['code_sample'].strip()}\n", f"codeio:{task}", "codeio")

@@ -22,7 +22,9 @@ _TAG = re.compile(r"</?[a-zA-Z][^>]*>")
 _BOLD = re.compile(r"'{2,}")
 _HEADING = re.compile(r"^=+\s*(.*?)\s*=+\s*$", re.M)
 _BLANKS = re.compile(r"\n{3,}")
-_LAST_SECTIONS = re.compile(r"^=+\s*(?:References|External links|Notes|Further reading|Bibliography|See also)\s*=+", re.M)
+_LAST_SECTIONS = re.compile(
+    r"^=+\s*(?:References|External links|Notes|Further reading|Bibliography|See also)\s*=+", re.M
+)
 _SHORTEST_ARTICLE = 500
 
 

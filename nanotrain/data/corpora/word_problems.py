@@ -26,7 +26,7 @@ class WordProblem:
 
 def word_problems(first: int, count: int) -> Iterator[WordProblem]:
     """Yield problems `first` to `first + count - 1`, leaving out those whose answer is not an integer."""
-    assert 0 <= first and first + count <= LARGEST
+    assert first >= 0 and first + count <= LARGEST
     dataset = GSMSymbolicDataset(GSMSymbolicDatasetConfig(seed=_SEED, size=first + count))
     for number in range(first, first + count):
         example = dataset[number]

@@ -1,0 +1,186 @@
+"""The chat rows of fine-tuning and evaluation: verifiable tasks with traces, and a little plain conversation.
+
+A prompt is on one side of the split, by the same hash of its family that splits the text (a word problem's family is
+its template). Validation rows are verifiable without exception.
+"""
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nanotrain.config.errors import UserError
+from nanotrain.data.corpora.word_problems import LARGEST, word_problems
+from nanotrain.data.documents import Document, decode_utf8, unit_hash
+from nanotrain.data.tasks import ANSWER_FORM, TASKS, WORD_PROBLEM, make_problem
+from nanotrain.runtime.files import write_bytes_atomic
+
+WORD_PROBLEM_SHARE = 0.06
+CHAT_SHARE = 0.04
+"""Of the training rows."""
+FIRST_WORD_PROBLEM = 100_000
+"""Problems before this number belong to the pretraining text (corpora/mathematics)."""
+_MAX_CHAT_CHARACTERS = 600
+_MAX_WORD_PROBLEM_CHARACTERS = 620
+"""Longer ones would not fit the quickstart's sequence length."""
+_PATIENCE = 2000
+"""Draws without a new prompt after which a task counts as used up."""
+
+Row = dict[str, Any]
+
+
+def _row(task: str, prompt: str, trace: str, answer: str, family: str) -> Row:
+    reply = {"role": "assistant", "reasoning_content": trace, "content": ANSWER_FORM.format(answer)}
+    messages = [{"role": "user", "content": prompt}, reply]
+    return {"messages": messages, "task": task, "answer": answer, "metadata": {"family": family}}
+
+
+def _task_rows(task: str) -> Iterator[Row]:
+    """Yield rows with ever new prompts until the task has none left."""
+    seen: set[str] = set()
+    misses = 0
+    for number in itertools.count():
+        problem = make_problem(task, number)
+        if problem.prompt in seen:
+            misses += 1
+            if misses >= _PATIENCE:
+                return
+            continue
+        misses = 0
+        seen.add(problem.prompt)
+        yield _row(task, problem.prompt, problem.trace, problem.answer, f"task:{task}:{problem.prompt}")
+
+
+def _word_problem_rows() -> Iterator[Row]:
+    step = 4096
+    seen: set[str] = set()
+    for first in range(FIRST_WORD_PROBLEM, LARGEST - step, step):
+        for problem in word_problems(first, step):
+            size = len(problem.question) + len(problem.steps)
+            if size <= _MAX_WORD_PROBLEM_CHARACTERS and problem.question not in seen:
+                seen.add(problem.question)
+                yield _row(WORD_PROBLEM, problem.question, problem.steps, problem.answer, problem.family)
+
+
+def conversation_row(name: str, turns: list[str]) -> Row | None:
+    """Return a row of plain chat (no trace): the beginning of a conversation, ended by the assistant; None if short."""
+    kept: list[str] = []
+    for turn in turns:
+        if sum(map(len, kept)) + len(turn) > _MAX_CHAT_CHARACTERS:
+            break
+        kept.append(turn)
+    kept = kept[: len(kept) // 2 * 2]
+    if not kept:
+        return None
+    roles = itertools.cycle(("user", "assistant"))
+    messages = [{"role": role, "content": turn} for role, turn in zip(roles, kept, strict=False)]
+    return {"messages": messages, "task": "chat", "answer": "", "metadata": {"family": f"chitchat:{name}"}}
+
+
+def build_rows(
+    num_train: int, num_validation: int, validation_fraction: float, conversations: list[tuple[str, list[str]]]
+) -> tuple[list[Row], list[Row]]:
+    """Return (training rows, validation rows), each in a mixed order.
+
+    Args:
+        num_train: rows of training.
+        num_validation: rows of validation, verifiable ones only.
+        validation_fraction: share of families held out.
+        conversations: (id, turns) of plain chat, in order of use.
+
+    Raises:
+        UserError: the tasks have fewer distinct prompts than asked for.
+    """
+    chat = [row for name, turns in conversations if (row := conversation_row(name, turns)) is not None]
+    train = [row for row in chat if not _is_held_out(row, validation_fraction)][: round(CHAT_SHARE * num_train)]
+    validation: list[Row] = []
+    streams = {task: _task_rows(task) for task in TASKS} | {WORD_PROBLEM: _word_problem_rows()}
+    num_word_problems = {id(train): round(WORD_PROBLEM_SHARE * num_train)}
+    num_word_problems[id(validation)] = round(WORD_PROBLEM_SHARE * num_validation)
+    for side, total, held_out in ((train, num_train, False), (validation, num_validation, True)):
+        _fill(side, {WORD_PROBLEM: streams[WORD_PROBLEM]}, num_word_problems[id(side)], held_out, validation_fraction)
+        tasks = {task: _task_rows(task) for task in TASKS}
+        _fill(side, tasks, total - len(side), held_out, validation_fraction)
+        if len(side) < total:
+            name = "num_chat_validation_rows" if held_out else "num_chat_rows"
+            raise UserError(
+                f"`stage.corpus.{name}` ({total}) exceeds the {len(side)} distinct prompts that the tasks have on this"
+                " side of the split; lower it or change `validation_fraction`."
+            )
+    return _mixed(train), _mixed(validation)
+
+
+def _is_held_out(row: Row, validation_fraction: float) -> bool:
+    return unit_hash(row["metadata"]["family"], "split") < validation_fraction
+
+
+def _fill(
+    side: list[Row], streams: dict[str, Iterator[Row]], count: int, held_out: bool, validation_fraction: float
+) -> None:
+    """Append `count` rows, one from each stream in turn, as long as streams last."""
+    live = dict(streams)
+    while count > 0 and live:
+        for task in list(live):
+            row = next((row for row in live[task] if _is_held_out(row, validation_fraction) == held_out), None)
+            if row is None:
+                del live[task]
+                continue
+            side.append(row)
+            count -= 1
+            if count == 0:
+                return
+
+
+def _mixed(rows: list[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: unit_hash(json.dumps(row, sort_keys=True), "order"))
+
+
+def rows_as_documents(rows: list[Row], count: int) -> list[Document]:
+    """Return the first `count` rows as running text for the sft category of pretraining."""
+    documents = []
+    for row in rows[:count]:
+        parts = []
+        for message in row["messages"]:
+            if message["role"] == "user":
+                parts.append(f"User: {message['content']}\n")
+            elif "reasoning_content" in message:
+                parts.append(f"Assistant: <think>\n{message['reasoning_content']}</think>\n\n{message['content']}\n")
+            else:
+                parts.append(f"Assistant: {message['content']}\n")
+        documents.append(Document("".join(parts), row["metadata"]["family"], "chat-rows"))
+    return documents
+
+
+def count_tasks(rows: list[Row]) -> dict[str, int]:
+    """Return the number of rows of each task."""
+    return dict(sorted(Counter(row["task"] for row in rows).items()))
+
+
+def save_rows(rows: list[Row], file: Path) -> None:
+    """Write one JSON object a line."""
+    lines = (json.dumps(row, ensure_ascii=False, sort_keys=True) for row in rows)
+    write_bytes_atomic(file, ("\n".join(lines) + "\n").encode())
+
+
+def load_rows(file: Path) -> list[Row]:
+    """Read rows and check their form.
+
+    Raises:
+        UserError: not UTF-8, not JSON, or a row without a conversation that ends with the assistant.
+    """
+    rows = []
+    for number, line in enumerate(decode_utf8(file.read_bytes(), str(file)).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            last = row["messages"][-1]
+            valid = last["role"] == "assistant" and isinstance(row["task"], str)
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise UserError(f"`{file}` line {number} is not a chat row ({error!r}); correct or remove it.") from None
+        if not valid:
+            raise UserError(f"`{file}` line {number} must end with an assistant message; correct or remove it.")
+        rows.append(row)
+    return rows

@@ -1,0 +1,44 @@
+"""Pretraining: next-token prediction from random weights, over a curriculum of blends."""
+
+from pathlib import Path
+
+from nanotrain.checkpoint.hf_folder import load_config
+from nanotrain.config.stage import PretrainConfig
+from nanotrain.data.loader import PretrainLoader
+from nanotrain.engines import build_engine
+from nanotrain.losses.language_modeling import CrossEntropy
+from nanotrain.model.hybrid import HybridModel
+from nanotrain.runtime.run import Run
+from nanotrain.runtime.seeding import derived_seed
+from nanotrain.stages.training_products import check_vocabulary, held_out_callback, save_trained, tokenizer_folder
+from nanotrain.training.loop import train
+
+
+def pretrain(config: PretrainConfig, run: Run) -> Path:
+    """Train a model from random weights and return its checkpoint folder.
+
+    Args:
+        config: model (or `architecture_from`), curriculum, budget.
+        run: inputs `data_from`, and `architecture_from` for a from-scratch baseline.
+    """
+    data = run.inputs["data_from"]
+    architecture = load_config(run.inputs["architecture_from"]) if config.architecture_from else config.model
+    check_vocabulary(architecture, data, "stage.model")
+    model = HybridModel(architecture)
+    model.init_weights(derived_seed(run.seed, "weights"))
+    engine = build_engine(run.engine, model, config.training)
+    loader = PretrainLoader(
+        data, config.curriculum, config.training, run.seed, dp_rank=engine.dp_rank, dp_size=engine.dp_size
+    )
+    evaluate = held_out_callback(engine, data, config.training)
+    summary = train(engine, loader, CrossEntropy(), config.training, run, evaluate)
+    plan = loader.plan()
+    return save_trained(
+        engine,
+        run,
+        summary,
+        config.training,
+        tokenizer_from=tokenizer_folder(data),
+        blend={source: entry["share"] for source, entry in plan.items()},
+        extra={"epochs": {source: entry["epochs"] for source, entry in plan.items()}},
+    )
