@@ -204,7 +204,9 @@ def _pattern(content: dict[str, Any], file: Path) -> str:
         if content.get(key) is not None:
             found[key] = _checked_letters(content[key], key, file)
     if not found:
-        raise UserError(f"{file}: `hybrid_override_pattern` and `layers_block_type` are both missing; give one of them.")
+        raise UserError(
+            f"{file}: `hybrid_override_pattern` and `layers_block_type` are both missing; give one of them."
+        )
     patterns = set(found.values())
     if len(patterns) > 1:
         told = " and ".join(f"`{key}` says {pattern}" for key, pattern in found.items())

@@ -50,7 +50,7 @@ def _task_rows(task: str) -> Iterator[Row]:
             continue
         misses = 0
         seen.add(problem.prompt)
-        yield _row(task, problem.prompt, problem.trace, problem.answer, f"task:{task}:{problem.prompt}")
+        yield _row(task, problem.prompt, problem.trace, problem.answer, f"task:{task}:{problem.trace}")  # the numbers, however they are asked for
 
 
 def _word_problem_rows() -> Iterator[Row]:
@@ -94,43 +94,42 @@ def build_rows(
         UserError: the tasks have fewer distinct prompts than asked for.
     """
     chat = [row for name, turns in conversations if (row := conversation_row(name, turns)) is not None]
-    train = [row for row in chat if not _is_held_out(row, validation_fraction)][: round(CHAT_SHARE * num_train)]
-    validation: list[Row] = []
-    streams = {task: _task_rows(task) for task in TASKS} | {WORD_PROBLEM: _word_problem_rows()}
-    num_word_problems = {id(train): round(WORD_PROBLEM_SHARE * num_train)}
-    num_word_problems[id(validation)] = round(WORD_PROBLEM_SHARE * num_validation)
-    for side, total, held_out in ((train, num_train, False), (validation, num_validation, True)):
-        _fill(side, {WORD_PROBLEM: streams[WORD_PROBLEM]}, num_word_problems[id(side)], held_out, validation_fraction)
-        tasks = {task: _task_rows(task) for task in TASKS}
-        _fill(side, tasks, total - len(side), held_out, validation_fraction)
-        if len(side) < total:
-            name = "num_chat_validation_rows" if held_out else "num_chat_rows"
+    plain = [row for row in chat if not _is_held_out(row, validation_fraction)][: round(CHAT_SHARE * num_train)]
+    train = plain + _verifiable_rows(num_train - len(plain), False, validation_fraction)
+    validation = _verifiable_rows(num_validation, True, validation_fraction)
+    for name, wanted, rows in (
+        ("num_chat_rows", num_train, train),
+        ("num_chat_validation_rows", num_validation, validation),
+    ):
+        if len(rows) < wanted:
             raise UserError(
-                f"`stage.corpus.{name}` ({total}) exceeds the {len(side)} distinct prompts that the tasks have on this"
+                f"`stage.corpus.{name}` ({wanted}) exceeds the {len(rows)} distinct prompts that the tasks have on that"
                 " side of the split; lower it or change `validation_fraction`."
             )
     return _mixed(train), _mixed(validation)
 
 
+def _verifiable_rows(count: int, held_out: bool, validation_fraction: float) -> list[Row]:
+    """Return rows of one side of the split: word problems by their share, then the tasks in turn while they last."""
+    rows: list[Row] = []
+    word_problems_wanted = round(WORD_PROBLEM_SHARE * count)
+    for streams, total in (
+        ({WORD_PROBLEM: _word_problem_rows()}, word_problems_wanted),
+        ({task: _task_rows(task) for task in TASKS}, count),
+    ):
+        while len(rows) < total and streams:
+            for task in list(streams):
+                matching = (row for row in streams[task] if _is_held_out(row, validation_fraction) == held_out)
+                row = next(matching, None)
+                if row is None:
+                    del streams[task]
+                elif len(rows) < total:
+                    rows.append(row)
+    return rows
+
+
 def _is_held_out(row: Row, validation_fraction: float) -> bool:
     return unit_hash(row["metadata"]["family"], "split") < validation_fraction
-
-
-def _fill(
-    side: list[Row], streams: dict[str, Iterator[Row]], count: int, held_out: bool, validation_fraction: float
-) -> None:
-    """Append `count` rows, one from each stream in turn, as long as streams last."""
-    live = dict(streams)
-    while count > 0 and live:
-        for task in list(live):
-            row = next((row for row in live[task] if _is_held_out(row, validation_fraction) == held_out), None)
-            if row is None:
-                del live[task]
-                continue
-            side.append(row)
-            count -= 1
-            if count == 0:
-                return
 
 
 def _mixed(rows: list[Row]) -> list[Row]:

@@ -1,93 +1,83 @@
-"""From prepared data to micro-batches, by index arithmetic: any step can be asked for, in any order, at the same cost.
+"""Token shards and chat rows to micro-batches, by index arithmetic: any step can be asked for, in any order.
 
-The global sequence of samples depends on the seed and the recipe only. Step t takes samples t*G ... t*G + G - 1, whatever
-the number of ranks and the micro-batch size; those only decide who reads which.
+Global sample k is the same whatever the number of ranks and the size of a micro-batch; a rank takes its part of each
+step's samples. Nothing is built in proportion to the amount of text.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from nanotrain.config.data import PhaseConfig
+from nanotrain.config.data import PhaseConfig, ReasoningConfig
 from nanotrain.config.errors import UserError
 from nanotrain.config.training import TrainingConfig
 from nanotrain.data.blend import Curriculum
+from nanotrain.data.chat import encode_rows
+from nanotrain.data.chat_rows import load_rows
 from nanotrain.data.manifest import DataFolder
+from nanotrain.data.packing import best_fit
 from nanotrain.data.permutation import derive_key, permuted_index
+from nanotrain.data.reasoning import shape_rows
 from nanotrain.data.token_shards import TokenShard
+from nanotrain.data.tokenizer import UNK_ID, load_tokenizer_json
 from nanotrain.model.batch import IGNORE_INDEX, MicroBatch
 
 Sample = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""input_ids, labels, segment_ids, each [S]."""
+"""input ids, labels, segment ids; each [S]."""
+_TRAINING_PATH = "stage.training"
 
 
-class _Chunks:
-    """A shard as overlapping windows of S + 1 tokens, the last of one being the first of the next."""
-
-    def __init__(self, shard: TokenShard, sequence_length: int) -> None:
-        self._shard, self._length = shard, sequence_length
-        self.num_whole = max(shard.num_tokens - 1, 0) // sequence_length
-
-    def sample(self, number: int) -> Sample:
-        """Return window `number`; one that reaches past the end is padded with ignored labels."""
-        start = number * self._length
-        stop = min(start + self._length + 1, self._shard.num_tokens)
-        tokens = self._shard.tokens(start, stop).astype(np.int64)
-        documents = self._shard.document_of(start, stop)
-        labels = np.where(documents[1:] == documents[:-1], tokens[1:], IGNORE_INDEX)
-        inputs, segments = tokens[:-1], (documents[:-1] - documents[0]).astype(np.int32)
-        missing = self._length - len(inputs)
-        if missing:
-            inputs = np.pad(inputs, (0, missing))
-            labels = np.pad(labels, (0, missing), constant_values=IGNORE_INDEX)
-            segments = np.pad(segments, (0, missing), constant_values=segments[-1] + 1)
-        return inputs, labels, segments
+def _stack(samples: list[Sample]) -> MicroBatch:
+    inputs, labels, segments = (np.stack(column) for column in zip(*samples, strict=True))
+    return MicroBatch(
+        torch.from_numpy(inputs.astype(np.int64)),
+        torch.from_numpy(labels.astype(np.int64)),
+        torch.from_numpy(segments.astype(np.int32)),
+    )
 
 
-class GlobalBatches:
-    """Deals the samples of a step out to ranks and micro-batches."""
-
-    def __init__(self, training: TrainingConfig, dp_rank: int, dp_size: int) -> None:
-        training.validate_batch("stage.training", dp_size)
-        assert 0 <= dp_rank < dp_size
-        self._training, self._dp_rank, self._dp_size = training, dp_rank, dp_size
-
-    def sample(self, k: int) -> Sample:
-        raise NotImplementedError
-
-    def microbatches(self, step: int) -> list[MicroBatch]:
-        """Return this rank's micro-batches of optimizer step `step` (from 0)."""
-        assert 0 <= step < self._training.steps, step
-        per_rank = self._training.global_batch_size // self._dp_size
-        first = step * self._training.global_batch_size + self._dp_rank * per_rank
-        size = self._training.micro_batch_size
-        return [
-            stack_samples([self.sample(k) for k in range(start, start + size)])
-            for start in range(first, first + per_rank, size)
-        ]
+def _rank_microbatches(
+    step: int, training: TrainingConfig, dp_rank: int, dp_size: int, sample: Callable[[int], Sample]
+) -> list[MicroBatch]:
+    """Return this rank's part of a step's global samples, in micro-batches."""
+    if not 0 <= step < training.steps:
+        raise IndexError(f"step {step} of {training.steps}")
+    per_rank = training.global_batch_size // dp_size
+    first = step * training.global_batch_size + dp_rank * per_rank
+    size = training.micro_batch_size
+    return [_stack([sample(k) for k in range(at, at + size)]) for at in range(first, first + per_rank, size)]
 
 
-def stack_samples(samples: list[Sample]) -> MicroBatch:
-    """Return one micro-batch of equally long samples."""
-    inputs, labels, segments = (torch.from_numpy(np.stack(part)) for part in zip(*samples, strict=True))
-    return MicroBatch(inputs, labels, segments)
+def chunk_of(shard: TokenShard, start: int, length: int) -> Sample:
+    """Return `length` tokens of the concatenated documents from `start`, and the tokens after them as labels.
+
+    A label that would cross into the next document is ignored; each document is a segment.
+    """
+    tokens = shard.tokens(start, start + length + 1).astype(np.int64)
+    document = shard.document_of(start, start + length + 1)
+    labels = np.where(document[1:] == document[:-1], tokens[1:], IGNORE_INDEX)
+    return tokens[:-1], labels, document[:-1] - document[0]
 
 
-class PretrainLoader(GlobalBatches):
-    """Concat-and-chunk over a curriculum of blends.
+class PretrainLoader:
+    """Documents concatenated and cut into sequences, drawn from a curriculum of blends.
+
+    Each source is walked in epochs, every epoch in another order; a sequence may begin and end inside a document. A
+    source's last tokens, fewer than a sequence, are left over.
 
     Args:
-        data_folder: product of the prepare stage; every shard that is read is checked against its manifest first.
-        curriculum: phases by share of the stage's samples.
-        training: steps, batch sizes, sequence length.
-        seed: of the run; orders the chunks of each source anew in every epoch.
+        data_folder: product of the prepare stage; the shards that are used are checked against its manifest.
+        curriculum: blends with switch points.
+        training: batch sizes, sequence length, steps.
+        seed: of the order.
         dp_rank: this rank.
-        dp_size: number of ranks.
+        dp_size: number of data-parallel ranks.
 
     Raises:
-        UserError: a source is missing, damaged, or shorter than one sequence.
+        UserError: batch sizes that do not divide, a damaged shard, a source without a single sequence.
     """
 
     def __init__(
@@ -100,61 +90,173 @@ class PretrainLoader(GlobalBatches):
         dp_rank: int = 0,
         dp_size: int = 1,
     ) -> None:
-        super().__init__(training, dp_rank, dp_size)
-        folder = DataFolder(data_folder)
-        self._seed = seed
+        training.validate_batch(_TRAINING_PATH, dp_size)
+        assert 0 <= dp_rank < dp_size
+        self._training, self._seed, self._dp_rank, self._dp_size = training, seed, dp_rank, dp_size
         self._curriculum = Curriculum(curriculum, training.steps * training.global_batch_size)
-        self._chunks: dict[str, _Chunks] = {}
-        self.num_tokens_available: dict[str, int] = {}
-        """Training tokens of each source that the curriculum draws from."""
-        for source, count in self._curriculum.totals.items():
-            if not count:
-                continue
-            shard = TokenShard(folder.shard(source, "train"))
-            self._chunks[source] = _Chunks(shard, training.sequence_length)
-            self.num_tokens_available[source] = shard.num_tokens
-            if not self._chunks[source].num_whole:
+        folder = DataFolder(data_folder)
+        names = dict.fromkeys(name for phase in curriculum for name, weight in phase.weights.items() if weight > 0)
+        self._shards = {name: TokenShard(folder.shard(name, "train")) for name in names}
+        self._chunks = {}
+        for name, shard in self._shards.items():
+            self._chunks[name] = max(0, shard.num_tokens - 1) // training.sequence_length
+            if not self._chunks[name]:
                 raise UserError(
-                    f"`{data_folder}/{source}/train.bin` holds {shard.num_tokens} tokens, fewer than one sequence of"
-                    f" `stage.training.sequence_length` ({training.sequence_length}) + 1; shorten it or prepare more text."
+                    f"source `{name}` in `{data_folder}` has {shard.num_tokens} tokens, less than one sequence of"
+                    f" `{_TRAINING_PATH}.sequence_length` ({training.sequence_length}) + 1; shorten sequences, prepare"
+                    " more text, or set the source's weight to 0."
                 )
 
-    def sample(self, k: int) -> Sample:
-        """Return global sample k."""
-        source, number = self._curriculum.draw(k)
-        chunks = self._chunks[source]
-        epoch, position = divmod(number, chunks.num_whole)
-        key = derive_key("chunks", self._seed, source, epoch)
-        return chunks.sample(permuted_index(position, chunks.num_whole, key))
+    @property
+    def num_tokens_available(self) -> int:
+        """Training tokens of all sources in the curriculum."""
+        return sum(shard.num_tokens for shard in self._shards.values())
 
-    def plan(self) -> dict[str, dict[str, float]]:
-        """Return for each source its samples over the whole stage, their share, and how often its text is read."""
-        total = self._curriculum.num_samples
-        return {
-            source: {"samples": count, "share": count / total, "epochs": count / self._chunks[source].num_whole}
-            for source, count in self._curriculum.totals.items()
-            if count
+    def plan(self) -> dict[str, int]:
+        """Return the number of samples that each source gives over the whole stage."""
+        return dict(self._curriculum.totals)
+
+    def epochs(self) -> dict[str, float]:
+        """Return how many times the stage walks through each source."""
+        return {name: count / self._chunks[name] for name, count in self._curriculum.totals.items()}
+
+    def _sample(self, k: int) -> Sample:
+        name, number = self._curriculum.draw(k)
+        epoch, position = divmod(number, self._chunks[name])
+        chunk = permuted_index(position, self._chunks[name], derive_key("chunks", self._seed, name, epoch))
+        length = self._training.sequence_length
+        return chunk_of(self._shards[name], chunk * length, length)
+
+    def microbatches(self, step: int) -> list[MicroBatch]:
+        """Return this rank's micro-batches of an optimizer step; [B, S] each."""
+        return _rank_microbatches(step, self._training, self._dp_rank, self._dp_size, self._sample)
+
+
+class SftLoader:
+    """Chat rows, shaped for thinking control, packed best-fit into sequences; only what the assistant writes is trained.
+
+    Rows are encoded once, when the loader is made. A row is a segment; padding is a segment of its own without labels.
+
+    Args:
+        data_folder: product of the prepare stage.
+        tokenizer_folder: of the checkpoint that is trained; it must be the tokenizer that prepared the data.
+        reasoning: shares of empty and cut traces.
+        training: batch sizes, sequence length, steps.
+        seed: of the choice of rows and of the order.
+        dp_rank: this rank.
+        dp_size: number of data-parallel ranks.
+
+    Raises:
+        UserError: batch sizes that do not divide, damaged rows, another tokenizer, or no row that fits.
+    """
+
+    def __init__(
+        self,
+        data_folder: Path,
+        tokenizer_folder: Path,
+        reasoning: ReasoningConfig,
+        training: TrainingConfig,
+        seed: int,
+        *,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+    ) -> None:
+        training.validate_batch(_TRAINING_PATH, dp_size)
+        assert 0 <= dp_rank < dp_size
+        self._training, self._seed, self._dp_rank, self._dp_size = training, seed, dp_rank, dp_size
+        folder = DataFolder(data_folder)
+        folder.check_tokenizer(tokenizer_folder)
+        tokenizer = load_tokenizer_json(tokenizer_folder)
+        file = folder.file("chat/train.jsonl")
+        rows = shape_rows(load_rows(file), reasoning, tokenizer, seed)
+        encoded = encode_rows(rows, tokenizer)
+        fits = [len(ids) - 1 <= training.sequence_length and mask[1:].any() for ids, mask in encoded]
+        self._rows = [pair for pair, fit in zip(encoded, fits, strict=True) if fit]
+        if not self._rows:
+            raise UserError(
+                f"none of the {len(rows)} rows of `{file}` fits `{_TRAINING_PATH}.sequence_length`"
+                f" ({training.sequence_length}); the shortest has {min((len(ids) for ids, _ in encoded), default=0)}"
+                " tokens."
+            )
+        self._packs = best_fit([len(ids) - 1 for ids, _ in self._rows], training.sequence_length)
+        shapes = Counter(
+            row["metadata"]["shape"]
+            for row, fit in zip(rows, fits, strict=True)
+            if fit and "metadata" in row and "shape" in row["metadata"]
+        )
+        filled = sum(len(ids) - 1 for ids, _ in self._rows)
+        self._summary = {
+            "rows": len(self._rows),
+            "dropped_rows": len(rows) - len(self._rows),
+            "truncated_rows": shapes["truncated"],
+            "empty_trace_rows": shapes["empty_trace"],
+            "packs": len(self._packs),
+            "packing_efficiency": filled / (len(self._packs) * training.sequence_length),
+            "trained_tokens": int(sum(mask[1:].sum() for _, mask in self._rows)),
+            "epochs": training.steps * training.global_batch_size / len(self._packs),
         }
+
+    @property
+    def num_tokens_available(self) -> int:
+        """Tokens of all rows that fit."""
+        return sum(len(ids) for ids, _ in self._rows)
+
+    def summary(self) -> dict[str, int | float]:
+        """Return counts: rows, dropped_rows (too long), truncated_rows, empty_trace_rows, packs, packing_efficiency..."""
+        return dict(self._summary)
+
+    def _sample(self, k: int) -> Sample:
+        epoch, position = divmod(k, len(self._packs))
+        pack = permuted_index(position, len(self._packs), derive_key("packs", self._seed, epoch))
+        length = self._training.sequence_length
+        inputs = np.full(length, UNK_ID, np.int64)
+        labels = np.full(length, IGNORE_INDEX, np.int64)
+        segments = np.full(length, len(self._packs[pack]), np.int64)  # what is left over is the padding's segment
+        start = 0
+        for segment, row in enumerate(self._packs[pack]):
+            ids, trained = self._rows[row]
+            stop = start + len(ids) - 1
+            inputs[start:stop] = ids[:-1]
+            labels[start:stop] = np.where(trained[1:], ids[1:], IGNORE_INDEX)
+            segments[start:stop] = segment
+            start = stop
+        return inputs, labels, segments
+
+    def microbatches(self, step: int) -> list[MicroBatch]:
+        """Return this rank's micro-batches of an optimizer step; [B, S] each."""
+        return _rank_microbatches(step, self._training, self._dp_rank, self._dp_size, self._sample)
 
 
 def validation_batches(
     data_folder: Path, category: str, *, sequence_length: int, micro_batch_size: int, max_tokens: int = 0
 ) -> Iterator[MicroBatch]:
-    """Yield the held-out text of one category in order, documents packed, labels at their borders ignored.
+    """Yield a category's held-out text in order, concatenated and cut, the last sequence padded.
+
+    Every token that has a predecessor in its document is a label exactly once.
 
     Args:
         data_folder: product of the prepare stage.
-        category: one of `config.data.CATEGORIES`.
-        sequence_length: tokens per row; the last row is padded.
-        micro_batch_size: rows per batch; the last batch may be smaller.
-        max_tokens: 0 = all; otherwise so many, in windows spread evenly over the text.
+        category: one of config.data.CATEGORIES.
+        sequence_length: tokens of a sequence; the last batch may have fewer sequences.
+        micro_batch_size: sequences of a batch.
+        max_tokens: stop after the first so many tokens; 0 = all.
     """
     shard = TokenShard(DataFolder(data_folder).shard(category, "validation"))
-    chunks = _Chunks(shard, sequence_length)
-    count = -(-max(shard.num_tokens - 1, 0) // sequence_length)
-    numbers = list(range(count))
-    wanted = -(-max_tokens // sequence_length) if max_tokens else count
-    if wanted < count:
-        numbers = [position * count // wanted for position in range(wanted)]
-    for start in range(0, len(numbers), micro_batch_size):
-        yield stack_samples([chunks.sample(number) for number in numbers[start : start + micro_batch_size]])
+    total = min(shard.num_tokens, max_tokens) if max_tokens else shard.num_tokens
+    samples: list[Sample] = []
+    for start in range(0, total - 1, sequence_length):
+        length = min(sequence_length, total - 1 - start)
+        inputs, labels, segments = chunk_of(shard, start, length)
+        padding = sequence_length - length
+        samples.append(
+            (
+                np.pad(inputs, (0, padding), constant_values=UNK_ID),
+                np.pad(labels, (0, padding), constant_values=IGNORE_INDEX),
+                np.pad(segments, (0, padding), constant_values=segments[-1] + 1),
+            )
+        )
+        if len(samples) == micro_batch_size:
+            yield _stack(samples)
+            samples = []
+    if samples:
+        yield _stack(samples)

@@ -1,85 +1,66 @@
-"""Shapes chat rows with reasoning traces for SFT: some prompts repeated without a trace, some traces cut off.
+"""Shapes training rows for thinking control: some prompts again without a trace, some traces cut short.
 
-The paper gives the shares (about 10% and 5%) and the lengths (1-2k tokens, final answer kept), not the exact forms: an
-empty trace is what the chat template emits for reasoning off, and a cut falls wherever the token count says.
-Which rows are taken depends on (seed, row number) only.
+The paper (section 3) repeats about a tenth of the prompts with the reasoning stripped, and cuts the traces of some five
+percent of the rows abruptly, keeping the final answer, so that a budget can end a trace at inference. Where the cut
+falls in a trace shorter than the published 1-2k tokens is our choice: uniformly at 25-75% of it.
 """
 
-from dataclasses import dataclass
+import random
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from nanotrain.config.data import ReasoningConfig
-from nanotrain.data.permutation import derive_key, permuted_index
+from nanotrain.data.chat import is_thinking
+from nanotrain.data.permutation import derive_key
+
+_SHORT_CUT_LOW, _SHORT_CUT_HIGH = 0.25, 0.75
+_MIN_CUT_TOKENS = 3
+"""A trace shorter than this has no inner place to cut."""
 
 Row = dict[str, Any]
-SHORT_TRACE_SHARES = (0.25, 0.75)
-"""Traces no longer than `truncated_min_tokens` are cut uniformly between these shares of their length."""
 
 
-@dataclass(frozen=True)
-class ShapedRows:
-    """Rows for training, and how many of them were shaped."""
-
-    rows: list[Row]
-    truncated_rows: int
-    empty_trace_rows: int
+def _selected(candidates: list[int], fraction: float, seed: int, purpose: str) -> set[int]:
+    """Return round(fraction x number) of the row numbers; which ones depends on (seed, row number) only."""
+    count = round(fraction * len(candidates))
+    return set(sorted(candidates, key=lambda row: (derive_key(purpose, seed, row), row))[:count])
 
 
-def trace_of(row: Row) -> str:
-    """Return the reasoning trace of a row's last turn, empty when it has none."""
-    last = row["messages"][-1]
-    return last["reasoning_content"] if last.get("reasoning_content") else ""
+def cut_length(num_tokens: int, config: ReasoningConfig, draw: random.Random) -> int:
+    """Return how many of a trace's tokens are kept, uniform in the range that applies to its length."""
+    if num_tokens > config.truncated_min_tokens:
+        return draw.randint(config.truncated_min_tokens, min(config.truncated_max_tokens, num_tokens - 1))
+    low = max(1, round(_SHORT_CUT_LOW * num_tokens))
+    return draw.randint(low, max(low, min(round(_SHORT_CUT_HIGH * num_tokens), num_tokens - 1)))
 
 
-def with_trace(row: Row, trace: str) -> Row:
-    """Return a copy of a row with another trace in its last turn; an empty trace is left out."""
-    last = {key: value for key, value in row["messages"][-1].items() if key != "reasoning_content"}
-    if trace:
-        last["reasoning_content"] = trace
-    return {**row, "messages": [*row["messages"][:-1], last]}
+def _with_last(row: Row, reply: dict[str, Any], shape: str) -> Row:
+    return row | {"messages": [*row["messages"][:-1], reply], "metadata": row["metadata"] | {"shape": shape}}
 
 
-def shape_rows(rows: list[Row], config: ReasoningConfig, tokenizer: Tokenizer, seed: int) -> ShapedRows:
-    """Truncate a share of the traces and repeat a share of the prompts with an empty trace.
+def without_trace(row: Row) -> Row:
+    """Return the row with an empty trace: reasoning off."""
+    reply = {key: value for key, value in row["messages"][-1].items() if key != "reasoning_content"}
+    return _with_last(row, reply, "empty_trace")
 
-    Args:
-        rows: as in chat/train.jsonl; rows without a trace stay as they are.
-        config: shares and lengths.
-        tokenizer: counts the trace's tokens.
-        seed: of the run.
 
-    Returns:
-        The rows in their order, the repeated prompts behind them. Shares are of the rows that have traces, rounded to
-        the nearest row.
+def shape_rows(rows: list[Row], config: ReasoningConfig, tokenizer: Tokenizer, seed: int) -> list[Row]:
+    """Return the rows, some with a cut trace, followed by the repeated prompts with an empty one.
+
+    `metadata.shape` of a changed row says `truncated` or `empty_trace`. Shares are exact to rounding: of the rows that
+    have traces, `truncated_fraction` are cut and `empty_trace_fraction` are repeated.
     """
-    traced = [number for number, row in enumerate(rows) if trace_of(row)]
-    truncated = _choose(traced, config.truncated_fraction, derive_key("truncated", seed))
-    emptied = _choose(traced, config.empty_trace_fraction, derive_key("empty", seed))
+    reasoned = [number for number, row in enumerate(rows) if is_thinking(row["messages"])]
+    truncated = sorted(_selected(reasoned, config.truncated_fraction, seed, "truncate"))
+    repeated = sorted(_selected(reasoned, config.empty_trace_fraction, seed, "empty"))
     shaped = list(rows)
-    for number in truncated:
-        cut = _cut(trace_of(rows[number]), config, tokenizer, derive_key("cut", seed, number))
-        shaped[number] = with_trace(rows[number], cut)
-    shaped += [with_trace(rows[number], "") for number in emptied]
-    return ShapedRows(shaped, len(truncated), len(emptied))
-
-
-def _choose(numbers: list[int], share: float, key: int) -> list[int]:
-    count = round(share * len(numbers))
-    return sorted(numbers[permuted_index(place, len(numbers), key)] for place in range(count))
-
-
-def _cut(trace: str, config: ReasoningConfig, tokenizer: Tokenizer, key: int) -> str:
-    """Return the start of a trace; at least one token is kept and one is lost, unless it has only one."""
-    encoding = tokenizer.encode(trace, add_special_tokens=False)
-    length = len(encoding.ids)
-    random = np.random.default_rng(key)
-    if length <= config.truncated_min_tokens:
-        low, high = (share * length for share in SHORT_TRACE_SHARES)
-        kept = round(random.uniform(low, high))
-    else:
-        kept = int(random.integers(config.truncated_min_tokens, min(config.truncated_max_tokens, length - 1) + 1))
-    kept = min(max(kept, 1), max(length - 1, 1))
-    return trace[: encoding.offsets[kept - 1][1]]
+    traces = [rows[number]["messages"][-1]["reasoning_content"] for number in truncated]
+    encodings = tokenizer.encode_batch(traces, add_special_tokens=False)
+    for number, trace, encoding in zip(truncated, traces, encodings, strict=True):
+        if len(encoding.ids) < _MIN_CUT_TOKENS:
+            continue
+        kept = cut_length(len(encoding.ids), config, random.Random(derive_key("cut", seed, number)))
+        reply = rows[number]["messages"][-1] | {"reasoning_content": trace[: encoding.offsets[kept - 1][1]]}
+        shaped[number] = _with_last(rows[number], reply, "truncated")
+    return shaped + [without_trace(rows[number]) for number in repeated]

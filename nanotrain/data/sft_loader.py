@@ -1,6 +1,5 @@
 """Chat rows to packed micro-batches: each row whole, rows packed best-fit, trained only on what the assistant writes."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from nanotrain.config.data import ReasoningConfig
 from nanotrain.config.errors import UserError
 from nanotrain.config.training import TrainingConfig
 from nanotrain.data.chat import encode_rows
+from nanotrain.data.chat_rows import load_rows
 from nanotrain.data.loader import GlobalBatches, Sample
 from nanotrain.data.manifest import DataFolder
 from nanotrain.data.packing import best_fit
@@ -19,26 +19,6 @@ from nanotrain.data.tokenizer import load_tokenizer_json
 from nanotrain.model.batch import IGNORE_INDEX
 
 TRAIN_FILE = "chat/train.jsonl"
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Return the rows of a JSON-lines file of conversations.
-
-    Raises:
-        UserError: not UTF-8, not JSON, or without messages; the message names the line.
-    """
-    rows = []
-    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"`{file}` line {number} is not JSON ({error}); run the prepare stage again.") from None
-        if not isinstance(row, dict) or "messages" not in row or not row["messages"]:
-            raise UserError(f"`{file}` line {number} has no `messages`; run the prepare stage again.")
-        rows.append(row)
-    return rows
 
 
 class SftLoader(GlobalBatches):
@@ -72,7 +52,7 @@ class SftLoader(GlobalBatches):
         folder = DataFolder(data_folder)
         folder.check_tokenizer(tokenizer_folder)
         tokenizer = load_tokenizer_json(tokenizer_folder)
-        shaped = shape_rows(read_rows(folder.file(TRAIN_FILE)), reasoning, tokenizer, seed)
+        shaped = shape_rows(load_rows(folder.file(TRAIN_FILE)), reasoning, tokenizer, seed)
         encoded = encode_rows(shaped.rows, tokenizer)
         self._length, self._seed = training.sequence_length, seed
         self._rows = [(ids, mask) for ids, mask in encoded if len(ids) <= self._length]

@@ -15,6 +15,7 @@ from nanotrain.ops.rms_norm import grouped_gated_rms_norm, rms_norm
 from nanotrain.ops.ssd import ssd_scan, ssd_step
 from nanotrain.planning.parameters import FP32_TENSORS
 
+
 class RMSNorm(nn.Module):
     """RMSNorm over the last dimension, fp32 inside."""
 

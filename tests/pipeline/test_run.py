@@ -137,8 +137,15 @@ def test_one_stage_alone_continues_the_pipeline_and_the_other_way_round(load):
     assert start(load("distill")).calls == []
 
 
-@pytest.mark.parametrize("file", ["hf/model.safetensors", "hf/deep/weights.safetensors", "hf/config.json"])
-@pytest.mark.parametrize("harm", ["change", "truncate", "remove"])
+@pytest.mark.parametrize(
+    ("file", "harm"),
+    [
+        ("hf/model.safetensors", "change"),
+        ("hf/deep/weights.safetensors", "truncate"),
+        ("hf/model.safetensors", "remove"),
+        ("hf/config.json", "remove"),
+    ],
+)
 def test_a_product_changed_by_hand_is_named(load, file, harm):
     start(load("pipeline"))
     path = RUN / "prune" / file
@@ -148,7 +155,7 @@ def test_a_product_changed_by_hand_is_named(load, file, harm):
         path.write_bytes(path.read_bytes()[:-1] + (b"!" if harm == "change" else b""))
     with pytest.raises(UserError, match=rf"runs/toy/prune/{file} was changed or removed.*--force prune"):
         start(load("pipeline"))
-    with pytest.raises(UserError, match=rf"runs/toy/prune/{file} was changed or removed"):
+    with pytest.raises(UserError, match=rf"runs/toy/prune/hf.*({Path(file).name} was changed or removed|it has no)"):
         start(
             load(
                 "distill",
@@ -262,7 +269,7 @@ def test_killed_at_any_moment_the_same_command_ends_in_the_same_products(folder)
     assert run_program(folder, "calm", 0.0).wait() == 0
     chance, kills = random.Random(0), 0
     while True:
-        process = run_program(folder, "stormy", 0.02)
+        process = run_program(folder, "stormy", 0.05)
         try:
             code = process.wait(timeout=0.6 + chance.random() * 0.5)
         except subprocess.TimeoutExpired:
@@ -273,6 +280,7 @@ def test_killed_at_any_moment_the_same_command_ends_in_the_same_products(folder)
             continue
         assert code == 0
         break
+    assert kills >= 2
     for name in ENTRIES:
         for file in ("results.json", "recipe.yaml"):
             calm, stormy = ((folder / run / name / file).read_text() for run in ("calm", "stormy"))

@@ -1,0 +1,274 @@
+"""The product of every training stage: a Hugging Face folder that transformers' NemotronH reads as it is.
+
+config.json, *.safetensors, generation_config.json, nanotrain.json (provenance), README.md, and the tokenizer's files.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from nanotrain.checkpoint import config_json
+from nanotrain.checkpoint.model_card import model_card
+from nanotrain.checkpoint.provenance import Provenance, load_provenance, save_provenance
+from nanotrain.checkpoint.tensor_files import read_tensors, write_tensors
+from nanotrain.checkpoint.verification import compare_with_transformers
+from nanotrain.config.errors import MissingInputError, UserError
+from nanotrain.config.model import ModelConfig
+from nanotrain.model.hybrid import HybridModel
+from nanotrain.planning.parameters import FP32_TENSORS, tensor_shapes
+from nanotrain.runtime.files import folder_atomic, write_bytes_atomic, write_json_atomic
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+_EMBEDDINGS, _HEAD = "backbone.embeddings.weight", "lm_head.weight"
+_OLD_PREFIXES = {"backbone.embedding.": "backbone.embeddings.", "model.": "backbone."}
+
+
+def load_config(folder: Path | str) -> ModelConfig:
+    """Return the architecture of a checkpoint folder, ours or a published one.
+
+    Raises:
+        MissingInputError: the folder or its config.json is missing.
+        UserError: config.json is corrupt, of another model type, or asks for what is not implemented.
+    """
+    folder = Path(folder)
+    return config_json.from_json(config_json.read_config_json(folder), folder / config_json.CONFIG_FILE)
+
+
+def load_state_dict(folder: Path | str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Return all tensors by HybridModel's names, on the CPU.
+
+    Args:
+        folder: a checkpoint folder.
+        dtype: cast to it (A_log and D to at least fp32); None = as stored.
+
+    Raises:
+        UserError: as `load_config`; or a tensor is missing, unexpected or of the wrong shape, or a file is corrupt.
+    """
+    folder = Path(folder)
+    config = load_config(folder)
+    state = dict(_checked_tensors(folder, config, dtype))
+    missing = sorted(tensor_shapes(config).keys() - state.keys())
+    if missing:
+        raise UserError(f"{folder}: the tensor {missing[0]} is missing ({len(missing)} in all); copy the folder again.")
+    if config.tie_word_embeddings:
+        if _HEAD in state and not torch.equal(state[_HEAD], state[_EMBEDDINGS]):
+            raise UserError(f"{folder}: `tie_word_embeddings` is true but {_HEAD} differs from the embeddings.")
+        state[_HEAD] = state[_EMBEDDINGS]
+    return state
+
+
+def _checked_tensors(folder: Path, config: ModelConfig, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    expected = tensor_shapes(config)
+    if config.tie_word_embeddings:
+        expected[_HEAD] = expected[_EMBEDDINGS]
+    seen: dict[str, str] = {}
+    for stored_name, tensor in read_tensors(folder):
+        name = _canonical(stored_name)
+        if name not in expected:
+            raise UserError(
+                f"{folder}: the tensor {stored_name} is unexpected for the layers {config.hybrid_layer_pattern};"
+                " config.json and weights do not belong together."
+            )
+        if name in seen:
+            raise UserError(f"{folder}: the tensors {seen[name]} and {stored_name} are the same one; remove one.")
+        seen[name] = stored_name
+        if tuple(tensor.shape) != expected[name]:
+            raise UserError(
+                f"{folder}: the tensor {stored_name} has the shape {list(tensor.shape)}, config.json says"
+                f" {list(expected[name])}; config.json and weights do not belong together."
+            )
+        yield name, tensor if dtype is None else tensor.to(_stored_dtype(name, dtype), copy=True)
+
+
+def _canonical(name: str) -> str:
+    """Return today's name of a tensor that older releases, or transformers in memory, call otherwise."""
+    for old, new in _OLD_PREFIXES.items():
+        if name.startswith(old):
+            return new + name[len(old) :]
+    return name
+
+
+def _stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32) if name.split(".")[-1] in FP32_TENSORS else dtype
+
+
+def load_model(
+    folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> HybridModel:
+    """Return the model of a checkpoint folder in eval mode; `load_model(folder)(input_ids)` gives logits [B, S, V].
+
+    Args:
+        folder: a checkpoint folder.
+        dtype: of the weights; A_log and D stay at least fp32.
+        device: where to put it.
+
+    Raises:
+        UserError: as `load_state_dict`.
+    """
+    state = load_state_dict(folder, dtype)
+    with torch.device("meta"):
+        model = HybridModel(load_config(folder))
+    model.load_state_dict(state, assign=True)
+    return model.to(device).eval()  # moving also ties the embeddings again
+
+
+def save_model(
+    model: HybridModel,
+    folder: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    tokenizer_from: Path | None = None,
+    provenance: Provenance | None = None,
+    max_shard_bytes: int = 5 * 2**30,
+) -> None:
+    """Write a model as a checkpoint folder; arguments as `save_state_dict`."""
+    save_state_dict(
+        model.state_dict(),
+        model.config,
+        folder,
+        dtype=dtype,
+        tokenizer_from=tokenizer_from,
+        provenance=provenance,
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def save_state_dict(
+    state_dict: Mapping[str, Tensor],
+    config: ModelConfig,
+    folder: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    tokenizer_from: Path | None = None,
+    provenance: Provenance | None = None,
+    max_shard_bytes: int = 5 * 2**30,
+) -> None:
+    """Write a checkpoint folder, whole or not at all.
+
+    Args:
+        state_dict: by HybridModel's names; with tied embeddings `lm_head.weight` may be left out.
+        config: the architecture.
+        folder: replaced when it exists.
+        dtype: of the tensors on disk; A_log and D are at least fp32. None = as they are.
+        tokenizer_from: folder whose tokenizer files are copied; None = none.
+        provenance: written to nanotrain.json. Changes of an imported config that its parent recorded are carried on.
+        max_shard_bytes: weights above it go into several files with an index.
+
+    Raises:
+        UserError: the tokenizer is missing, or has more tokens than the model.
+    """
+    folder = Path(folder)
+    if tokenizer_from is not None:
+        check_tokenizer_size(load_tokenizer(tokenizer_from), config, tokenizer_from)
+    tensors = _tensors_to_write(state_dict, config, dtype)
+    name = str(tensors[_EMBEDDINGS].dtype).removeprefix("torch.")
+    if provenance is not None:
+        provenance = _with_inherited_changes(provenance)
+    with folder_atomic(folder) as temporary:
+        write_tensors(tensors, temporary, max_shard_bytes)
+        write_json_atomic(temporary / config_json.CONFIG_FILE, config_json.to_json(config, name))
+        write_json_atomic(temporary / "generation_config.json", config_json.generation_json(config))
+        write_bytes_atomic(temporary / "README.md", model_card(config, name, provenance).encode())
+        if provenance is not None:
+            save_provenance(temporary, provenance)
+        if tokenizer_from is not None:
+            copy_tokenizer(tokenizer_from, temporary)
+
+
+def _tensors_to_write(
+    state_dict: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    shapes = tensor_shapes(config)
+    given = {name: tuple(tensor.shape) for name, tensor in state_dict.items() if name in shapes}
+    assert given == shapes, "the tensors are not those of the configuration"
+    tensors = {}
+    for name in shapes:
+        tensor = state_dict[name].detach()
+        tensors[name] = tensor.to("cpu", _stored_dtype(name, dtype or tensor.dtype)).contiguous()
+    if config.tie_word_embeddings:
+        # transformers does not tie this model's matrices whatever its config says, so both are written.
+        tensors[_HEAD] = tensors[_EMBEDDINGS].clone()
+    return tensors
+
+
+def _with_inherited_changes(provenance: Provenance) -> Provenance:
+    """Carry on what an ancestor's import changed, or record it when the parent is the imported folder itself."""
+    parent = Path(provenance.parent)
+    if provenance.config_changes or not provenance.parent or not (parent / config_json.CONFIG_FILE).is_file():
+        return provenance
+    ancestor = load_provenance(parent)
+    changes = config_json.config_changes(config_json.read_config_json(parent))
+    if ancestor is not None:
+        changes = ancestor.config_changes | changes
+    return dataclasses.replace(provenance, config_changes=changes)
+
+
+def verify_against_transformers(
+    folder: Path | str, *, prompt_length: int = 0, tolerance: float = 1e-4, seed: int = 0
+) -> dict[str, float | int]:
+    """Load a folder with our model and with transformers' NemotronH in fp32, compare logits and greedy tokens.
+
+    Args:
+        folder: a checkpoint folder.
+        prompt_length: tokens of each pseudo-random prompt; 0 = a chunk and a bit, at most 300.
+        tolerance: largest difference of logits, relative to the largest logit where that is above 1.
+        seed: of the prompts.
+
+    Returns:
+        max_abs_logit_difference, tokens_checked (positions compared), greedy_tokens_checked.
+
+    Raises:
+        UserError: as `load_model`.
+        VerificationError: a logit differs by more than the tolerance, or a greedy token differs beyond a tie.
+    """
+    return compare_with_transformers(
+        load_model(folder), Path(folder), prompt_length=prompt_length, tolerance=tolerance, seed=seed
+    )
+
+
+def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a tokenizer or checkpoint folder, from its files alone.
+
+    Raises:
+        MissingInputError: there is no tokenizer.json.
+        UserError: it cannot be read, or has more tokens than the model in the same folder.
+    """
+    folder = Path(folder)
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise MissingInputError(f"{file} is missing; give a folder that holds a tokenizer.")
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises bare Exception for any malformed tokenizer.json
+        raise UserError(f"{file} cannot be read ({error}); copy the tokenizer again.") from error
+    if (folder / config_json.CONFIG_FILE).is_file():
+        check_tokenizer_size(tokenizer, load_config(folder), folder)
+    return tokenizer
+
+
+def check_tokenizer_size(tokenizer: PreTrainedTokenizerFast, config: ModelConfig, folder: Path | str) -> None:
+    """Raise UserError when the tokenizer of `folder` has ids that the model does not know."""
+    highest = max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
+    if highest > config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {highest} tokens, the model's `vocab_size` is {config.vocab_size}; use the"
+            " tokenizer that the model was trained with."
+        )
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files that are there; the names are TOKENIZER_FILES."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
