@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from nanotrain.checkpoint import config_json
-from nanotrain.checkpoint.model_card import model_card
+from nanotrain.checkpoint.model_card import CARD_FILE, model_card
 from nanotrain.checkpoint.provenance import Provenance, load_provenance, save_provenance
 from nanotrain.checkpoint.tensor_files import read_tensors, write_tensors
 from nanotrain.checkpoint.verification import compare_with_transformers
@@ -100,7 +100,7 @@ def _canonical(name: str) -> str:
 
 
 def _stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32) if name.split(".")[-1] in FP32_TENSORS else dtype
+    return torch.promote_types(dtype, torch.float32) if name.rsplit(".", maxsplit=1)[-1] in FP32_TENSORS else dtype
 
 
 def load_model(
@@ -179,7 +179,7 @@ def save_state_dict(
         write_tensors(tensors, temporary, max_shard_bytes)
         write_json_atomic(temporary / config_json.CONFIG_FILE, config_json.to_json(config, name))
         write_json_atomic(temporary / "generation_config.json", config_json.generation_json(config))
-        write_bytes_atomic(temporary / "README.md", model_card(config, name, provenance).encode())
+        write_bytes_atomic(temporary / CARD_FILE, model_card(config, name, provenance).encode())
         if provenance is not None:
             save_provenance(temporary, provenance)
         if tokenizer_from is not None:

@@ -4,6 +4,7 @@ A stage recipe is a YAML file with a defaults list that starts from the schema (
 named stage recipes. Both become a `LoadedRecipe`: everything is composed and validated before anything runs.
 """
 
+import functools
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +36,8 @@ from nanotrain.config.overrides import Override, SweepJob, sweep_suffix
 from nanotrain.config.run import PipelineConfig, RecipeConfig
 from nanotrain.config.stage import STAGE_CONFIGS
 
-SHARED_KEYS = ("engine", "tracking")
-"""Overrides with these heads, given to a pipeline, apply to every entry."""
+SHARED_GROUPS = {"engine": "torch", "tracking": "none"}
+"""Groups of every recipe with their default choice; in a pipeline their overrides apply to every entry."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def _load_pipeline(file: Path, raw: dict[str, Any], overrides: list[Override]) -
             raise UserError(
                 f"{shown_path(file)} lists the entry `{name}` twice; entry names are folders and must be unique."
             )
-    heads = ("name", "seed", "output_dir", *SHARED_KEYS, *names)
+    heads = ("name", "seed", "output_dir", *SHARED_GROUPS, *names)
     for override in overrides:
         if override.head not in heads or (override.head in names and not override.has_tail):
             if override.head in ("stage", "model@stage"):
@@ -189,7 +190,7 @@ def _load_pipeline(file: Path, raw: dict[str, Any], overrides: list[Override]) -
                 f"`{override.text}`: in a pipeline a key is `<entry>.<key of its recipe>`, or one of name, seed,"
                 f" output_dir, engine, tracking; {nearest(override.head, heads)}"
             )
-    shared = [override for override in overrides if override.head in SHARED_KEYS]
+    shared = [override for override in overrides if override.head in SHARED_GROUPS]
     entries = []
     for item in pipeline.pipeline:
         recipe_file = (file.parent / item.recipe).resolve()
@@ -277,6 +278,7 @@ def _load_entry(
 def _compose(file: Path, raw: dict[str, Any], overrides: list[Override], key_prefix: str) -> DictConfig:
     check_layout(file, raw)
     _register_schema()
+    _register_recipe_defaults(raw["defaults"])
     search = f"file://{package_folder('configs')}".replace("\\", "\\\\").replace("'", "\\'")
     texts = [override.text for override in overrides]
     try:
@@ -286,12 +288,19 @@ def _compose(file: Path, raw: dict[str, Any], overrides: list[Override], key_pre
         raise composition_error(error, file, raw, key_prefix=key_prefix, overrides=texts) from error
 
 
+@functools.cache
 def _register_schema() -> None:
     store = ConfigStore.instance()
     store.store(name="recipe_schema", node=RecipeConfig)
-    # Engine and tracking stand in the defaults list of the schema, so that `engine=<choice>` works on every recipe.
-    store.store(
-        name="recipe", node={"defaults": ["recipe_schema", {"engine": "torch"}, {"tracking": "none"}, "_self_"]}
-    )
     for name, stage_config in STAGE_CONFIGS.items():
         store.store(group="stage", name=name, node=stage_config)
+
+
+def _register_recipe_defaults(defaults: list[Any]) -> None:
+    """Make `recipe` the schema with a choice of engine and tracking, so that `engine=<choice>` works on every recipe.
+
+    A recipe may choose for itself with `- /engine: <choice>`; Hydra refuses two choices, so ours then stays out.
+    """
+    named = {str(key).removeprefix("/") for item in defaults if isinstance(item, dict) for key in item}
+    choices = [{key: value} for key, value in SHARED_GROUPS.items() if key not in named]
+    ConfigStore.instance().store(name="recipe", node={"defaults": ["recipe_schema", *choices, "_self_"]})

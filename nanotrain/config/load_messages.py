@@ -199,11 +199,11 @@ def _hydra_sentence(text: str, source: str, key_prefix: str, overrides: Sequence
                 asked, source = f"`{key_prefix}{override}`", "an override"
         known = nearest(name, options) if options else "there is no such group or file."
         return f"{asked} ({source}) is not a choice; {known}"
-    several = re.search(r"Multiple values for ([\w@./]*\w)", text)
+    several = re.search(r"Multiple values for ([\w@./]*\w)|([\w@./]+) appears more than once", text)
     if several:
-        group = several[1]
+        group = several[1] or several[2]
         return (
-            f"`{group}` is chosen twice in `defaults` of {source}: the schema chooses one already, so write"
+            f"`{group}` is chosen twice in `defaults` of {source}; to change an earlier choice write"
             f" `- override /{group}: ...`."
         )
     missing_group = re.search(r"Could not override '([\w@./-]+)'\.", text)

@@ -92,6 +92,8 @@ class PruneConfig(StageConfig):
     calibration_samples: int = 1024
     calibration_sequence_length: int = 8192
     micro_batch_size: int = 1
+    evaluation_tokens: int = 0
+    """Held-out tokens scored per category for the parent and each candidate, spread evenly over its text; 0 = all."""
     search: PruneSearchConfig = field(default_factory=PruneSearchConfig)
 
     def validate(self, path: str) -> None:
@@ -102,6 +104,8 @@ class PruneConfig(StageConfig):
             raise UserError(
                 f"`{path}.calibration_sequence_length` ({self.calibration_sequence_length}) must be at least 2."
             )
+        if self.evaluation_tokens < 0:
+            raise UserError(f"`{path}.evaluation_tokens` ({self.evaluation_tokens}) must not be negative; 0 = all.")
         search = self.search
         if not 0 < search.max_parameters_fraction <= 1:
             raise UserError(

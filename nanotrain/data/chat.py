@@ -109,7 +109,7 @@ def _pieces(marked: str) -> list[tuple[str, bool]]:
         for opening in (THINK_EMPTY, THINK_OPEN):
             if part.startswith(opening):
                 pieces.append((opening, True))
-                part = part.removeprefix(opening)  # noqa: PLW2901
+                part = part.removeprefix(opening)
                 break
         for fragment in re.split(f"({re.escape(THINK_CLOSE)})", part):
             pieces.append((fragment, True))

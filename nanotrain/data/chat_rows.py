@@ -50,7 +50,9 @@ def _task_rows(task: str) -> Iterator[Row]:
             continue
         misses = 0
         seen.add(problem.prompt)
-        yield _row(task, problem.prompt, problem.trace, problem.answer, f"task:{task}:{problem.trace}")  # the numbers, however they are asked for
+        yield _row(
+            task, problem.prompt, problem.trace, problem.answer, f"task:{task}:{problem.trace}"
+        )  # the numbers, however they are asked for
 
 
 def _word_problem_rows() -> Iterator[Row]:

@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from nanotrain.data.manifest import DataFolder
 from nanotrain.data.token_shards import TokenShard
 from nanotrain.evaluation.prompts import Prompt
 from nanotrain.generation.sampler import generate
+from nanotrain.model.hybrid import HybridModel
 
 CONTINUATION_PROMPT_TOKENS = 48
 CONTINUATION_TOKENS = 64
@@ -37,7 +38,7 @@ def chat_samples(
 
 
 def continue_text(
-    model: nn.Module,
+    model: HybridModel,
     tokenizer: PreTrainedTokenizerBase,
     data_folder: Path,
     category: str,
@@ -47,7 +48,7 @@ def continue_text(
     seed: int,
 ) -> dict[str, Any] | None:
     """Let the model go on with a held-out text as a base model does; None when the category has no text long enough."""
-    shard = TokenShard(data_folder / category / "validation")
+    shard = TokenShard(DataFolder(data_folder).shard(category, "validation"))
     prompt_ids = _opening(shard)
     if prompt_ids is None:
         return None

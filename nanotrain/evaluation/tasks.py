@@ -7,20 +7,18 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from nanotrain.config.stage import EvaluateConfig
 from nanotrain.data import tasks
 from nanotrain.evaluation.intervals import wilson_interval
 from nanotrain.evaluation.prompts import Prompt
-from nanotrain.generation.budget import BudgetResult, generate_with_budget
+from nanotrain.generation.budget import THINK_CLOSE, BudgetResult, generate_with_budget
 from nanotrain.generation.sampler import generate
+from nanotrain.model.hybrid import HybridModel
 from nanotrain.runtime.progress import Progress
 
 logger = logging.getLogger("nanotrain")
-
-THINK_END = "</think>"
 
 Responder = Callable[[list[list[int]], int], list[BudgetResult]]
 """(prompts as token ids, seed) -> one response a prompt."""
@@ -31,12 +29,12 @@ def split_response(text: str) -> tuple[str, str]:
 
     A text without the tag is all trace: the model never came to an answer.
     """
-    trace, tag, answer = text.partition(THINK_END)
+    trace, tag, answer = text.partition(THINK_CLOSE)
     return (trace, answer) if tag else (text, "")
 
 
 def build_budget_responder(
-    model: nn.Module,
+    model: HybridModel,
     tokenizer: PreTrainedTokenizerBase,
     config: EvaluateConfig,
     *,
@@ -63,7 +61,7 @@ def build_budget_responder(
 
 
 def build_direct_responder(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig, *, stop_ids: tuple[int, ...]
+    model: HybridModel, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig, *, stop_ids: tuple[int, ...]
 ) -> Responder:
     """Return a responder that answers at once, after an empty trace; greedy, as published for this mode."""
 
@@ -83,11 +81,11 @@ def build_direct_responder(
             answer = tokenizer.decode(ids[:-1] if finished else ids)
             results.append(
                 BudgetResult(
-                    text=f"{THINK_END}{answer}",
+                    text=f"{THINK_CLOSE}{answer}",
                     thinking_tokens=0,
                     answer_tokens=len(ids) - finished,
                     forced=False,
-                    well_formed=THINK_END not in answer,
+                    well_formed=THINK_CLOSE not in answer,
                     finished=finished,
                 )
             )

@@ -14,6 +14,7 @@ from time import monotonic
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from nanotrain.config.model import MAMBA, MLP, ModelConfig
 from nanotrain.config.stage import Aggregation
@@ -84,7 +85,7 @@ def measure_width_importance(
     """
     sums, done = _load_sums(checkpoint)
     last_saved = monotonic()
-    for number, batch in enumerate(batches):
+    for number, batch in enumerate(tqdm(batches, desc="width importance", unit="batch", dynamic_ncols=True)):
         if number < done:
             continue
         for name, value in _batch_sums(model, layers, batch, aggregations).items():

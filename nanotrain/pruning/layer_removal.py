@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from nanotrain.config.errors import UserError
 from nanotrain.config.model import ATTENTION
@@ -148,6 +149,7 @@ def remove_layers(
         return removals
     gram = output_gram(model.output_weight())
     num_logits = sum(batch.input_ids.numel() for batch in batches) * model.config.vocab_size
+    bar = tqdm(total=targets.num_removals * len(batches), desc="layer removal", unit="batch", dynamic_ncols=True)
     for step in range(targets.num_removals):
         removed = [removal.layer for removal in removals]
         candidates = sorted(targets.removable(pattern, removed))
@@ -159,9 +161,11 @@ def remove_layers(
                 progress.record(key, {str(layer): error for layer, error in errors.items()})
             for layer in candidates:
                 totals[layer] += progress[key][str(layer)]
+            bar.update()
         best = min(candidates, key=lambda layer: (totals[layer], layer))
         removals.append(LayerRemoval(best, pattern[best], totals[best] / num_logits))
         logger.info("removed layer %d (%s), logit mse %.4g", best, pattern[best], removals[-1].mse)
+    bar.close()
     return removals
 
 

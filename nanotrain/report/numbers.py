@@ -12,7 +12,7 @@ from nanotrain.report.run_folder import EntryRecord, RunRecord
 TRAINING_STAGES = ("PretrainConfig", "DistillConfig", "SftConfig")
 PACKAGES = ("nanotrain", "torch", "transformers", "tokenizers", "safetensors", "numpy", "hydra-core")
 
-_BOOKKEEPING = ("step", "tokens_seen", "seconds", "time")
+_BOOKKEEPING = ("step", "tokens", "seconds", "eta_seconds")
 
 
 def collect_numbers(run: RunRecord) -> dict[str, Any]:

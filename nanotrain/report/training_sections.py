@@ -50,7 +50,7 @@ def _held_out_figure(curves: dict[str, list[tuple[float, float]]]) -> str:
 
 def _rate_figure(curves: dict[str, list[tuple[float, float]]]) -> str:
     rate = line_chart(
-        [Series("learning rate", curves.get("learning_rate", []), colour=2)],
+        [Series("learning rate", curves.get("lr", []), colour=2)],
         label="learning rate over steps",
         x_label="step",
         y_label="learning rate",

@@ -43,7 +43,7 @@ def english_questions(reader: WheelReader) -> Iterator[Document]:
         content = yaml.load(reader.read_text(member), load_yaml)
         talks = ["\n".join(str(turn).strip() for turn in talk) for talk in content["conversations"]]
         topic = member.removesuffix(".yml").split("/")[-1]
-        yield Document("\n\n".join(talks) + "\n", f"chatterbot:{topic}", "chatterbot")
+        yield Document("\n\n".join(talks) + "\n", f"chatterbot:{topic}", "chatterbot-english")
 
 
 def _call(call: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
