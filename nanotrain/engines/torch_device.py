@@ -17,7 +17,9 @@ def choose_device(device: Device) -> torch.device:
     """
     available = torch.cuda.is_available()
     if device is Device.cuda and not available:
-        raise UserError("`engine.device` (cuda) needs a GPU that this PyTorch can use, and there is none; use auto or cpu.")
+        raise UserError(
+            "`engine.device` (cuda) needs a GPU that this PyTorch can use, and there is none; use auto or cpu."
+        )
     if device is Device.cpu or not available:
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())

@@ -13,8 +13,8 @@ from torch import Tensor
 from nanotrain.config.errors import UserError
 from nanotrain.model.hybrid import HybridModel
 
-NUCLEUS_CANDIDATES = 256
-"""Most probable tokens looked at first; the full vocabulary is sorted only where these do not reach top_p."""
+NUCLEUS_CANDIDATES = (64, 512)
+"""Numbers of most probable tokens looked at in turn; the full vocabulary is sorted only in rows they do not cover."""
 
 
 class BatchDecoder:
@@ -89,30 +89,49 @@ class BatchDecoder:
 
 
 def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Read one token a row off the inverse of its nucleus distribution.
+    """Read one token a row off the inverse of its nucleus distribution, most probable token first.
 
     Args:
         logits: [B, V].
         uniforms: [B] in [0, 1).
         temperature: above 0.
         top_p: the smallest set of most probable tokens whose sum reaches it is sampled from; at least one token.
+            1 = all tokens, which are then taken in the order of their ids, as nothing needs sorting.
 
     Returns:
         [B] int64.
     """
-    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
-    candidates, ids = probabilities.topk(min(NUCLEUS_CANDIDATES, probabilities.shape[-1]), dim=-1)
-    if bool((candidates.sum(dim=-1) < top_p).any()):
-        candidates, ids = probabilities.sort(dim=-1, descending=True, stable=True)
-    cumulative = candidates.cumsum(dim=-1)
-    nucleus = candidates * (cumulative - candidates < top_p)
-    cumulative = nucleus.cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    place = torch.searchsorted(cumulative, uniforms[:, None].to(total.dtype) * total, right=True)
-    place = place.clamp(max=int(nucleus.shape[-1]) - 1)
-    # Rounding may put u * total on the very end of the sum: the last token of the nucleus is meant.
-    last = (nucleus > 0).sum(dim=-1, keepdim=True) - 1
-    return ids.gather(1, torch.minimum(place, last)).squeeze(1)
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    if top_p >= 1.0:
+        return _inverse(torch.softmax(scores, dim=-1), uniforms)
+    normaliser = scores.logsumexp(dim=-1, keepdim=True)
+    chosen = torch.empty(len(scores), dtype=torch.int64, device=scores.device)
+    rows = torch.arange(len(scores), device=scores.device)
+    for count in (*NUCLEUS_CANDIDATES, scores.shape[1]):
+        if count < scores.shape[1]:
+            values, ids = scores[rows].topk(count, dim=-1)
+        else:
+            values, ids = scores[rows].sort(dim=-1, descending=True, stable=True)
+        probabilities = (values - normaliser[rows]).exp()
+        before = probabilities.cumsum(dim=-1) - probabilities
+        covered = (before[:, -1] + probabilities[:, -1] >= top_p) | (count >= scores.shape[1])
+        nucleus = (probabilities * (before < top_p))[covered]
+        place = _inverse(nucleus, uniforms[rows[covered]])
+        chosen[rows[covered]] = ids[covered].gather(1, place[:, None])[:, 0]
+        rows = rows[~covered]
+        if len(rows) == 0:
+            break
+    return chosen
+
+
+def _inverse(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Return the column [B] where the running sum of `weights` [B, V] passes the share `uniforms` [B] of the total."""
+    cumulative = weights.cumsum(dim=-1)
+    target = uniforms[:, None].to(cumulative.dtype) * cumulative[:, -1:]
+    place = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    # Rounding may put the target on the very end of the sum: the last column that weighs anything is meant.
+    columns = torch.arange(weights.shape[1], device=weights.device)
+    return torch.minimum(place, ((weights > 0) * columns).amax(dim=-1))
 
 
 def _uniforms(seed: int, num_rows: int, num_steps: int) -> Tensor:

@@ -11,9 +11,10 @@ from html import escape
 
 from nanotrain.report.axes import Scale, format_tick, nice_ticks, padded_range
 
-WIDTH, HEIGHT = 560, 300
+WIDTH, HEIGHT = 560, 270
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 46
 NUM_COLOURS = 6
+MAX_BAR_WIDTH = 64.0
 MAX_POINTS = 400
 MAX_TITLED_POINTS = 60
 """Lines with more points get no hover mark on each: they would be closer than a pointer can tell."""
@@ -146,10 +147,11 @@ def bar_chart(
     gap = min(6.0, (x_scale(1) - x_scale(0)) * 0.2)
     for index, bar in enumerate(finite):
         top, bottom = sorted((y_scale(bar.value), y_scale(0)))
-        left, right = x_scale(index) + gap / 2, x_scale(index + 1) - gap / 2
+        width = min(x_scale(1) - x_scale(0) - gap, MAX_BAR_WIDTH)
+        left = x_scale(index + 0.5) - width / 2
         css = f"bar c{bar.colour % NUM_COLOURS}{' pale' if bar.pale else ''}"
         parts.append(
-            f'<rect class="{css}" x="{left:.1f}" y="{top:.1f}" width="{max(right - left, 0.5):.1f}"'
+            f'<rect class="{css}" x="{left:.1f}" y="{top:.1f}" width="{max(width, 0.5):.1f}"'
             f' height="{max(bottom - top, 0.5):.1f}">'
             f"<title>{escape(bar.title or f'{bar.label}: {bar.value:.6g}')}</title></rect>"
         )

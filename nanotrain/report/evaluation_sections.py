@@ -45,10 +45,19 @@ def _curve_charts(points: list[dict[str, Any]]) -> Html:
     whiskers = [
         (float(i), 100 * p["interval"][0], 100 * p["interval"][1]) for i, p in enumerate(points) if p.get("interval")
     ]
+    longest = max(max(p["answer_tokens"], p["thinking_tokens"]) for p in points)
+    highest = max([100 * p["accuracy"] for p in points] + [high for *_, high in whiskers])
     accuracy = Series("accuracy", series("", "accuracy", 100).points, marked=True, whiskers=whiskers)
     charts = [
         figure(
-            line_chart([accuracy], label="accuracy by budget", x_label=x_label, y_label="% correct", x_ticks=ticks),
+            line_chart(
+                [accuracy],
+                label="accuracy by budget",
+                x_label=x_label,
+                y_label="% correct",
+                y_range=(0.0, 1.06 * highest or 1.0),
+                x_ticks=ticks,
+            ),
             "Accuracy",
             "with 95% intervals" if whiskers else "",
         ),
@@ -58,6 +67,7 @@ def _curve_charts(points: list[dict[str, Any]]) -> Html:
                 label="response length by budget",
                 x_label=x_label,
                 y_label="mean tokens",
+                y_range=(0.0, 1.06 * longest or 1.0),
                 x_ticks=ticks,
             ),
             "Length",
@@ -76,7 +86,7 @@ def _curve_charts(points: list[dict[str, Any]]) -> Html:
             "responses with exactly one closing tag",
         ),
     ]
-    return grid(charts)
+    return grid(charts, columns=3)
 
 
 def _curve_table(points: list[dict[str, Any]]) -> Html:

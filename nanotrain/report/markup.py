@@ -89,8 +89,11 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[Any]], *, text_columns
 
     head = "".join(cell("th", index, header) for index, header in enumerate(headers))
     body = "".join(f"<tr>{''.join(cell('td', i, value) for i, value in enumerate(row))}</tr>" for row in rows)
+    css = ' class="narrow"' if len(headers) <= 3 else ""
     top = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return Html(f'<div class="scroll"><table>{top}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+    return Html(
+        f'<div class="scroll"><table{css}>{top}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def figure(chart: str, title: str, note: str = "") -> Html:
@@ -101,10 +104,11 @@ def figure(chart: str, title: str, note: str = "") -> Html:
     return Html(f"<figure><figcaption><b>{escape(title)}</b>{remark}</figcaption>{chart}</figure>")
 
 
-def grid(parts: Sequence[str]) -> Html:
-    """Return figures side by side where the page is wide enough."""
+def grid(parts: Sequence[str], *, columns: int = 2) -> Html:
+    """Return figures side by side, `columns` of them where the page is wide enough."""
     shown = [part for part in parts if part]
-    return Html(f'<div class="grid">{"".join(shown)}</div>' if shown else "")
+    css = "grid three" if columns == 3 else "grid"
+    return Html(f'<div class="{css}">{"".join(shown)}</div>' if shown else "")
 
 
 def paragraph(text: str) -> Html:

@@ -71,7 +71,7 @@ def pipeline(run: RunRecord, numbers: dict[str, Any]) -> Html:
                 sources or ABSENT,
                 stage["kind"] or "unfinished",
                 show_seconds(stage["seconds"]),
-                Html(f'<span class="share" style="--share:{share:.3f}">{100 * share:.0f}%</span>'),
+                Html(f'{100 * share:.0f}%<span class="share" style="--share:{share:.3f}"></span>'),
                 show_bytes(stage["peak_memory_bytes"]),
                 Html(show_digest(stage["product_digest"])),
             ]

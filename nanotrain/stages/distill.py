@@ -9,7 +9,13 @@ from nanotrain.data.loader import PretrainLoader
 from nanotrain.engines import build_engine
 from nanotrain.losses.distillation import ForwardKL
 from nanotrain.runtime.run import Run
-from nanotrain.stages.training_products import check_vocabulary, held_out_callback, save_trained, tokenizer_folder
+from nanotrain.stages.training_products import (
+    blend_shares,
+    check_vocabulary,
+    held_out_callback,
+    save_trained,
+    tokenizer_folder,
+)
 from nanotrain.training.loop import train
 from nanotrain.training.teacher import TeacherLoader
 
@@ -47,6 +53,6 @@ def distill(config: DistillConfig, run: Run) -> Path:
         summary,
         config.training,
         tokenizer_from=tokenizer_folder(data),
-        blend={source: entry["share"] for source, entry in loader.plan().items()},
-        extra={},
+        blend=blend_shares(loader.plan()),
+        extra={"epochs": loader.epochs()},
     )

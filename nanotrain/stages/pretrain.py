@@ -10,7 +10,13 @@ from nanotrain.losses.language_modeling import CrossEntropy
 from nanotrain.model.hybrid import HybridModel
 from nanotrain.runtime.run import Run
 from nanotrain.runtime.seeding import derived_seed
-from nanotrain.stages.training_products import check_vocabulary, held_out_callback, save_trained, tokenizer_folder
+from nanotrain.stages.training_products import (
+    blend_shares,
+    check_vocabulary,
+    held_out_callback,
+    save_trained,
+    tokenizer_folder,
+)
 from nanotrain.training.loop import train
 
 
@@ -32,13 +38,12 @@ def pretrain(config: PretrainConfig, run: Run) -> Path:
     )
     evaluate = held_out_callback(engine, data, config.training)
     summary = train(engine, loader, CrossEntropy(), config.training, run, evaluate)
-    plan = loader.plan()
     return save_trained(
         engine,
         run,
         summary,
         config.training,
         tokenizer_from=tokenizer_folder(data),
-        blend={source: entry["share"] for source, entry in plan.items()},
-        extra={"epochs": {source: entry["epochs"] for source, entry in plan.items()}},
+        blend=blend_shares(loader.plan()),
+        extra={"epochs": loader.epochs()},
     )

@@ -19,6 +19,7 @@ from nanotrain.data.manifest import DataFolder
 from nanotrain.engines import build_engine
 from nanotrain.engines.base import Engine
 from nanotrain.evaluation.held_out import HeldOutSums, combine_held_out, held_out_sums
+from nanotrain.model.batch import MicroBatch
 from nanotrain.model.hybrid import HybridModel
 from nanotrain.planning.parameters import count_parameters
 from nanotrain.pruning.calibration import calibration_batches
@@ -100,6 +101,7 @@ class _Pruner:
     def __init__(self, config: PruneConfig, run: Run, model: HybridModel, targets: DepthTargets) -> None:
         self._config, self._run, self._targets = config, run, targets
         self._parent = model.config
+        self._calibration = [] if config.importance is ImportanceKind.random else _calibration(config, run)
         self._progress = Progress(run.folder / PROGRESS_FILE)
         self._engine = build_engine(run.engine, model)
 
@@ -120,22 +122,15 @@ class _Pruner:
             removals = remove_random_layers(pattern, self._targets, seed)
             kept = self._targets.kept_layers([removal.layer for removal in removals])
             return removals, {depth: random_width_scores(self._parent, layers, seed) for depth, layers in kept.items()}
-        batches = calibration_batches(
-            self._run.inputs["data_from"],
-            num_samples=self._config.calibration_samples,
-            sequence_length=self._config.calibration_sequence_length,
-            micro_batch_size=self._config.micro_batch_size,
-            seed=derived_seed(self._run.seed, "calibration"),
-        )
         aggregations = Aggregations(self._config.aggregation_sequence, self._config.aggregation_batch)
         with self._engine.inference_model() as model:
-            removals = remove_layers(model, batches, self._targets, self._progress)
+            removals = remove_layers(model, self._calibration, self._targets, self._progress)
             kept = self._targets.kept_layers([removal.layer for removal in removals])
             scores = {
                 depth: measure_width_importance(
                     model,
                     layers,
-                    batches,
+                    self._calibration,
                     aggregations,
                     checkpoint=self._run.folder / f"importance-{depth}.safetensors",
                 )
@@ -172,6 +167,16 @@ class _Pruner:
         result = combine_held_out(sums)
         logger.info("%s: held-out %.4f bits per byte", name, result["average"])
         return result
+
+
+def _calibration(config: PruneConfig, run: Run) -> list[MicroBatch]:
+    return calibration_batches(
+        run.inputs["data_from"],
+        num_samples=config.calibration_samples,
+        sequence_length=config.calibration_sequence_length,
+        micro_batch_size=config.micro_batch_size,
+        seed=derived_seed(run.seed, "calibration"),
+    )
 
 
 def _pattern(parent: ModelConfig, layers: tuple[int, ...]) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from nanotrain.checkpoint.hf_folder import load_model
 from nanotrain.config.stage import SftConfig
-from nanotrain.data.sft_loader import SftLoader
+from nanotrain.data.loader import SftLoader
 from nanotrain.engines import build_engine
 from nanotrain.losses.language_modeling import CrossEntropy
 from nanotrain.runtime.run import Run

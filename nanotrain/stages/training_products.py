@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from nanotrain.checkpoint.hf_folder import load_config, load_model, load_tokenizer
-from nanotrain.checkpoint.model_card import write_model_card
 from nanotrain.checkpoint.provenance import Provenance
 from nanotrain.config.errors import UserError
 from nanotrain.config.model import ModelConfig
@@ -67,6 +66,12 @@ def nested_held_out(flat: dict[str, float]) -> dict[str, Any]:
     return {"bits_per_byte": bits, "average": flat[f"{_PREFIX}average"], "loss": flat[f"{_PREFIX}loss"]}
 
 
+def blend_shares(samples: dict[str, int]) -> dict[str, float]:
+    """Return source -> share of the samples."""
+    total = sum(samples.values())
+    return {source: count / total for source, count in samples.items()}
+
+
 def save_trained(
     engine: Engine,
     run: Run,
@@ -105,16 +110,9 @@ def save_trained(
             **parent_of(run),
         ),
     )
-    facts = {
-        "parameters": count_parameters(engine.model_config),
-        "training steps": summary.steps,
-        "training tokens": summary.tokens,
-        "held-out bits per byte (mean over categories)": held_out["average"],
-    }
-    write_model_card(folder, title=f"{run.name}: {run.entry}", facts=facts)
     _verify(engine, folder)
     results = {
-        "parameters": facts["parameters"],
+        "parameters": count_parameters(engine.model_config),
         "steps": summary.steps,
         "tokens": summary.tokens,
         "planned_tokens": training.steps * training.tokens_per_step,

@@ -62,12 +62,6 @@ def write_shard(prefix: Path, documents: list[list[int]], dtype=np.uint16) -> No
     writer.finish()
 
 
-def random_documents(seed: int, count: int, longest: int) -> list[list[int]]:
-    """Documents of random ids from 1000 up, each ended by eos (2)."""
-    draw = np.random.default_rng(seed)
-    return [[*draw.integers(1000, 1300, draw.integers(1, longest)).tolist(), 2] for _ in range(count)]
-
-
 def make_chat_rows(count: int) -> list[dict]:
     rows = []
     for number in range(count):
@@ -90,3 +84,9 @@ def make_data_folder(folder: Path, tokenizer_folder: Path, sources: dict[str, li
     digest = file_digest(tokenizer_folder / "tokenizer.json")
     write_manifest(folder, {"tokenizer_digest": digest, "vocab_size": NUM_SPECIALS + 300}, [*names, "chat/train.jsonl"])
     return folder
+
+
+@pytest.fixture(scope="session")
+def write_data_folder(tokenizer_folder):
+    """Return a function (folder, sources) -> folder."""
+    return lambda folder, sources: make_data_folder(folder, tokenizer_folder, sources)

@@ -48,7 +48,7 @@ def test_bad_prompts_are_refused(tiny_model: HybridModel, prompt: list[int]) -> 
         generate(tiny_model, [[1], prompt], max_new_tokens=2, stop_ids=(), temperature=0.0)
 
 
-@pytest.mark.parametrize("vocabulary", [10, NUCLEUS_CANDIDATES + 300])
+@pytest.mark.parametrize("vocabulary", [10, *(count + 40 for count in NUCLEUS_CANDIDATES)])
 @pytest.mark.parametrize("top_p", [0.05, 0.6, 0.95, 1.0])
 def test_sample_reads_the_inverse_of_the_nucleus(vocabulary: int, top_p: float) -> None:
     logits = torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(vocabulary), dtype=torch.float64)
@@ -67,4 +67,20 @@ def test_sample_reads_the_inverse_of_the_nucleus(vocabulary: int, top_p: float) 
     share = sum(weights[i] for i in nucleus)
     expected = weights[nucleus[0]] / share
     assert abs(drawn.count(nucleus[0]) / 400 - expected) < 0.01
-    assert drawn == sorted(drawn, key=nucleus.index)
+    assert drawn == sorted(drawn, key=nucleus.index if top_p < 1 else None)
+
+
+def test_rows_of_one_batch_need_different_numbers_of_candidates() -> None:
+    """A peaked row, one that 512 candidates cover, and a flat one that needs all: each as if it were alone."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.tensor([9.0, 1.5, 0.01])[:, None]
+    logits = torch.randn(3, 2000, generator=generator) * spread
+    uniforms = torch.tensor([0.3, 0.97, 0.999])
+    together = sample(logits, uniforms, 1.0, 0.95).tolist()
+    assert together == [int(sample(logits[i : i + 1], uniforms[i : i + 1], 1.0, 0.95)) for i in range(3)]
+    for row, token in enumerate(together):
+        probabilities, order = torch.softmax(logits[row].double(), dim=-1).sort(descending=True)
+        place = order.tolist().index(token)
+        size = int((probabilities.cumsum(0) < 0.95).sum()) + 1
+        share = probabilities[:size].cumsum(0) / probabilities[:size].sum()
+        assert abs(int(torch.searchsorted(share, uniforms[row].double(), right=True)) - place) <= 1

@@ -15,7 +15,32 @@ from nanotrain.data.wheels import WheelReader
 _NUM_BUCKETS = 96
 """Messages are gathered into so many groups by a hash of the English message; a group is a family."""
 _LANGUAGES = frozenset(
-    ["ar", "cs", "de", "el", "es", "fa", "fi", "fr", "he", "hi", "hu", "id", "it", "ja", "ko", "nl", "pl", "pt", "ru", "sv", "tr", "uk", "vi", "zh_Hans"]  # 24 with many speakers
+    [
+        "ar",
+        "cs",
+        "de",
+        "el",
+        "es",
+        "fa",
+        "fi",
+        "fr",
+        "he",
+        "hi",
+        "hu",
+        "id",
+        "it",
+        "ja",
+        "ko",
+        "nl",
+        "pl",
+        "pt",
+        "ru",
+        "sv",
+        "tr",
+        "uk",
+        "vi",
+        "zh_Hans",
+    ]  # 24 with many speakers
 )
 _ENTRY = re.compile(
     r'^msgid ((?:"(?:[^"\\]|\\.)*"\s*)+)(?:msgid_plural (?:"(?:[^"\\]|\\.)*"\s*)+)?'
