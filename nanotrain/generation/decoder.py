@@ -129,9 +129,8 @@ def _inverse(weights: Tensor, uniforms: Tensor) -> Tensor:
     cumulative = weights.cumsum(dim=-1)
     target = uniforms[:, None].to(cumulative.dtype) * cumulative[:, -1:]
     place = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    # Rounding may put the target on the very end of the sum: the last column that weighs anything is meant.
-    columns = torch.arange(weights.shape[1], device=weights.device)
-    return torch.minimum(place, ((weights > 0) * columns).amax(dim=-1))
+    # Rounding may put the target on the very end of the sum: the last column that adds to it is meant.
+    return torch.minimum(place, (cumulative < cumulative[:, -1:]).sum(dim=-1))
 
 
 def _uniforms(seed: int, num_rows: int, num_steps: int) -> Tensor:

@@ -21,7 +21,7 @@ def render_page(run: RunRecord, numbers: dict[str, Any]) -> str:
         ("Training", training_sections.loss_curves(run, numbers)),
         ("Pruning", compression_sections.pruning(run)),
         ("Thinking budget", evaluation_sections.budget_curve(run)),
-        ("Verifiable tasks", evaluation_sections.tasks(run)),
+        ("Evaluation", evaluation_sections.tasks(run)),
         ("Samples", evaluation_sections.samples(run)),
         ("Blend", training_sections.blend(run)),
         ("Plan and actual", overview.plan_and_actual(numbers)),

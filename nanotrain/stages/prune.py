@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from nanotrain.checkpoint.hf_folder import load_config, load_model, load_state_dict, save_state_dict
-from nanotrain.checkpoint.model_card import write_model_card
 from nanotrain.checkpoint.provenance import Provenance
 from nanotrain.config.data import CATEGORIES
 from nanotrain.config.errors import UserError
@@ -70,8 +69,9 @@ def prune(config: PruneConfig, run: Run) -> Path:
     candidates = enumerate_candidates(config.search, parent, patterns)
     listed = shortlist(candidates, config.search, parent)
     plans = {one: _plan(parent, kept_layers[one.num_layers], scores[one.num_layers], one) for one in listed}
-    chosen, scored = choose(listed, lambda one: pruner.held_out_of(plans[one])["average"])
-    after = pruner.held_out_of(plans[chosen])
+    held_out = {one: pruner.held_out_of(plan) for one, plan in plans.items()}
+    chosen, scored = choose(listed, lambda one: held_out[one]["average"])
+    after = held_out[chosen]
     if not math.isfinite(after["loss"]):
         raise UserError(
             f"None of the {len(listed)} candidates of `stage.search` has a finite held-out loss; prune less, or list more"
@@ -203,7 +203,7 @@ def _importance_json(scores: WidthScores) -> dict[str, Any]:
 
 
 def _save(run: Run, parent_folder: Path, parent: ModelConfig, plan: PruningPlan, held_out: dict[str, Any]) -> Path:
-    """Slice the tensors as stored (their dtype stays), write the folder with its plan, and prove that it loads."""
+    """Slice the tensors as stored (their dtype stays), write the folder and its plan, and prove that it loads."""
     folder = run.folder / PRODUCT
     tensors, config = slice_state_dict(load_state_dict(parent_folder), parent, plan)
     save_state_dict(
@@ -216,12 +216,6 @@ def _save(run: Run, parent_folder: Path, parent: ModelConfig, plan: PruningPlan,
         ),
     )
     plan.save(folder / PLAN_FILE)
-    facts = {
-        "parameters": count_parameters(config),
-        "parameters of the parent": count_parameters(parent),
-        "held-out bits per byte without training (mean over categories)": held_out["average"],
-    }
-    write_model_card(folder, title=f"{run.name}: {run.entry}", facts=facts)
     assert load_config(folder) == config, f"{folder} was written with another architecture"
     stored = load_state_dict(folder)
     assert all(tensor.equal(stored[name]) for name, tensor in tensors.items()), f"{folder} differs from what was cut"

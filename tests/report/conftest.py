@@ -144,24 +144,21 @@ def _content(stage: str, draw: random.Random) -> tuple[dict[str, Any], dict[str,
     training = {"steps": 400, "sequence_length": 256, "global_batch_size": 16, "learning_rate": 4e-3}
     training |= {"schedule": {"kind": "wsd", "min_learning_rate": 4e-5}, "optimizer": {"beta2": 0.95}}
     model = {"hybrid_layer_pattern": "M-M-M*-M-M*-M-", "hidden_size": 128, "vocab_size": 8192}
-    if stage == "PrepareConfig":
-        return {"corpus": {"kind": "pip_mini"}}, _prepare(), []
-    if stage == "PretrainConfig":
-        section = {"model": model, "architecture_from": "", "curriculum": CURRICULUM, "training": training}
-        return section, _training(400, 1.92, 3.61, 3_520_000), _metrics(400, 9.0, 3.6, 1.92, draw)
-    if stage == "PruneConfig":
-        return {"importance": "activation", "calibration_samples": 64}, _prune_results(draw), []
-    if stage == "DistillConfig":
-        section = {"teacher_from": "pretrain", "curriculum": CURRICULUM[:1], "training": training | {"steps": 150}}
-        return section, _training(150, 2.01, 0.12, 2_450_000), _metrics(150, 1.4, 0.12, 2.0, draw)
-    if stage == "SftConfig":
-        section = {"reasoning": {"empty_trace_fraction": 0.1}, "training": training | {"steps": 240}}
-        results = _training(240, 1.98, 0.41, 2_450_000)
-        return section, results | {"blend": {"chat": 1.0}}, _metrics(240, 3.0, 0.41, 1.98, draw)
-    if stage == "EvaluateConfig":
-        return {"thinking_budgets": [0, 8], "thinking_grace": 16}, _evaluation(), []
+    pretrain = {"model": model, "architecture_from": "", "curriculum": CURRICULUM, "training": training}
+    distill = {"teacher_from": "pretrain", "curriculum": CURRICULUM[:1], "training": training | {"steps": 150}}
+    sft = {"reasoning": {"empty_trace_fraction": 0.1}, "training": training | {"steps": 240}}
+    sft_results = _training(240, 1.98, 0.41, 2_450_000) | {"blend": {"chat": 1.0}}
     verification = {"max_abs_logit_difference": 1.2e-6, "tokens_checked": 138}
-    return {"save_dtype": "bfloat16"}, {"bytes": 4_912_331, "dtype": "bfloat16", "verification": verification}, []
+    exported = {"bytes": 4_912_331, "dtype": "bfloat16", "verification": verification}
+    return {
+        "PrepareConfig": ({"corpus": {"kind": "pip_mini"}}, _prepare(), []),
+        "PretrainConfig": (pretrain, _training(400, 1.92, 3.61, 3_520_000), _metrics(400, 9.0, 3.6, 1.92, draw)),
+        "PruneConfig": ({"importance": "activation", "calibration_samples": 64}, _prune_results(draw), []),
+        "DistillConfig": (distill, _training(150, 2.01, 0.12, 2_450_000), _metrics(150, 1.4, 0.12, 2.0, draw)),
+        "SftConfig": (sft, sft_results, _metrics(240, 3.0, 0.41, 1.98, draw)),
+        "EvaluateConfig": ({"thinking_budgets": [0, 8], "thinking_grace": 16}, _evaluation(), []),
+        "ExportConfig": ({"save_dtype": "bfloat16"}, exported, []),
+    }[stage]
 
 
 def _write_entry(folder: Path, stage: str, kind: str, product: str, seconds: float) -> None:
