@@ -92,6 +92,7 @@ def prune(config: PruneConfig, run: Run) -> Path:
     }
     folder = _save(run, parent_folder, parent, plans[chosen], after)
     write_json_atomic(run.folder / RESULTS, results)
+    pruner.forget_sums()
     return folder
 
 
@@ -132,11 +133,19 @@ class _Pruner:
                     layers,
                     self._calibration,
                     aggregations,
-                    checkpoint=self._run.folder / f"importance-{depth}.safetensors",
+                    checkpoint=self._sums_file(depth),
                 )
                 for depth, layers in kept.items()
             }
         return removals, scores
+
+    def forget_sums(self) -> None:
+        """Remove the running sums of `importance`, once the product stands."""
+        for depth in self._targets.depths:
+            self._sums_file(depth).unlink(missing_ok=True)
+
+    def _sums_file(self, depth: int) -> Path:
+        return self._run.folder / f"importance-{depth}.safetensors"
 
     def held_out_of(self, plan: PruningPlan) -> dict[str, Any]:
         """Slice the parent in memory and score the result, without training."""

@@ -1,6 +1,7 @@
 """A small real BPE in the published file's form, and data folders written by our own writers."""
 
 import base64
+import importlib.util
 import json
 from pathlib import Path
 
@@ -20,7 +21,10 @@ PATTERN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SAMPLE = "The answer is what stands after the trace. <think>\nähnlich здравствуй 日本語 answer think stands\n</think>\n\n" * 3
+SAMPLE = (
+    "The answer is what stands after the trace. <think>\nähnlich здравствуй 日本語 answer think stands\n</think>\n\n"
+    * 3
+)
 
 
 def _byte_of() -> dict[str, int]:
@@ -53,6 +57,14 @@ def tokenizer_folder(tekken_json, num_ranks, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "tokenizer"
     save_tokenizer(build_tokenizer(*read_tekken(tekken_json, num_ranks)), folder)
     return folder
+
+
+def load_by_path(file: Path):
+    """Import a module of the tests; test folders are no packages."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def write_shard(prefix: Path, documents: list[list[int]], dtype=np.uint16) -> None:
@@ -90,3 +102,14 @@ def make_data_folder(folder: Path, tokenizer_folder: Path, sources: dict[str, li
 def write_data_folder(tokenizer_folder):
     """Return a function (folder, sources) -> folder."""
     return lambda folder, sources: make_data_folder(folder, tokenizer_folder, sources)
+
+
+@pytest.fixture(scope="session")
+def fake_packages():
+    """The module fake_packages.py beside this file."""
+    return load_by_path(Path(__file__).with_name("fake_packages.py"))
+
+
+@pytest.fixture(scope="session")
+def fake_wheels(fake_packages, tekken_json, tmp_path_factory) -> dict[str, Path]:
+    return fake_packages.make_wheels(tmp_path_factory.mktemp("wheels"), tekken_json)

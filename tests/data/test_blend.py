@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from nanotrain.config.data import PhaseConfig
 from nanotrain.data.blend import Blend, Curriculum, interleave
 
-recipe_weights = st.lists(st.integers(0, 100), min_size=1, max_size=12).filter(sum).map(
-    lambda parts: {f"s{i}": part / 100 for i, part in enumerate(parts)}
+recipe_weights = (
+    st.lists(st.integers(0, 100), min_size=1, max_size=12)
+    .filter(sum)
+    .map(lambda parts: {f"s{i}": part / 100 for i, part in enumerate(parts)})
 )
 
 

@@ -11,7 +11,7 @@ from nanotrain.data.chat import encode, encode_rows, render
 from nanotrain.data.tokenizer import load_tokenizer_json
 
 
-def render_ref(messages, *, add_generation_prompt, thinking=None) -> str:  # noqa: PLR0912
+def render_ref(messages, *, add_generation_prompt, thinking=None) -> str:
     """The format of the model card, by hand (without tools)."""
     mode = True
     for message in messages:
@@ -55,13 +55,17 @@ def render_ref(messages, *, add_generation_prompt, thinking=None) -> str:  # noq
     return out
 
 
-words = st.sampled_from(["Hi", " /think ", "/no_think", "</think>", "{{ x }}", "ä<b>", "\n", "2 + 2", '"q"', "/no_think/think"])
+words = st.sampled_from(
+    ["Hi", " /think ", "/no_think", "</think>", "{{ x }}", "ä<b>", "\n", "2 + 2", '"q"', "/no_think/think"]
+)
 content = st.lists(words, max_size=4).map("".join)
 message = st.one_of(
     st.builds(lambda c: {"role": "user", "content": c}, content),
     st.builds(lambda c: {"role": "tool", "content": c}, st.sampled_from(['{"a": 1}', "7"])),
     st.builds(lambda c: {"role": "assistant", "content": c}, st.sampled_from(["Yes.", "x</think>\n\nYes.", "é"])),
-    st.builds(lambda r: {"role": "assistant", "content": "4", "reasoning_content": r}, st.sampled_from(["2+2\n", "cut o"])),
+    st.builds(
+        lambda r: {"role": "assistant", "content": "4", "reasoning_content": r}, st.sampled_from(["2+2\n", "cut o"])
+    ),
 )
 conversations = st.tuples(
     st.lists(st.builds(lambda c: {"role": "system", "content": c}, content), max_size=1), st.lists(message, max_size=5)
@@ -192,7 +196,12 @@ def test_rows_are_encoded_together_as_alone_and_decode_to_the_template(tokenizer
             "messages": [{"role": "user", "content": "t"}, {"role": "assistant", "content": "c"}],
             "metadata": {"tools": tools},
         },
-        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "reasoning_content": "z"}]},
+        {
+            "messages": [
+                {"role": "user", "content": "x"},
+                {"role": "assistant", "content": "y", "reasoning_content": "z"},
+            ]
+        },
     ]
     for row, (ids, mask) in zip(rows, encode_rows(rows, tokenizer), strict=True):
         row_tools = tools if "metadata" in row else None

@@ -84,7 +84,11 @@ def test_running_text_holds_prompt_trace_and_answer(rows):
         for message in row["messages"]:
             assert message["content"] in document.text
     traced = next(d for d, r in zip(documents, rows[0], strict=False) if r["task"] != "chat")
-    assert traced.text.startswith("User: ") and "\nAssistant: <think>\n" in traced.text and "</think>\n\nThe answer" in traced.text
+    assert (
+        traced.text.startswith("User: ")
+        and "\nAssistant: <think>\n" in traced.text
+        and "</think>\n\nThe answer" in traced.text
+    )
 
 
 def test_files_round_trip_and_damage_is_named(rows, tmp_path):

@@ -52,7 +52,10 @@ def flat(batches) -> list[tuple]:
 
 
 @settings(max_examples=25, deadline=None)
-@given(shape=st.sampled_from([(1, 1), (1, 4), (2, 3), (3, 2), (4, 1), (6, 1), (12, 1), (2, 6), (1, 12)]), step=st.integers(0, 5))
+@given(
+    shape=st.sampled_from([(1, 1), (1, 4), (2, 3), (3, 2), (4, 1), (6, 1), (12, 1), (2, 6), (1, 12)]),
+    step=st.integers(0, 5),
+)
 def test_the_samples_do_not_depend_on_ranks_or_micro_batches(folder, shape, step):
     dp_size, micro = shape
     whole = flat(PretrainLoader(folder, CURRICULUM, training(micro=12), 7).microbatches(step))
@@ -84,7 +87,9 @@ def test_an_epoch_holds_every_token_once_and_epochs_differ(folder):
     chunks = (len(tokens) - 1) // length
     only_code = [PhaseConfig(until=1.0, weights={"code": 1.0})]
     loader = PretrainLoader(folder, only_code, training(steps=2 * chunks, batch=1, micro=1), 3)
-    epochs = [[row[0] for s in range(e * chunks, (e + 1) * chunks) for row in flat(loader.microbatches(s))] for e in (0, 1)]
+    epochs = [
+        [row[0] for s in range(e * chunks, (e + 1) * chunks) for row in flat(loader.microbatches(s))] for e in (0, 1)
+    ]
     expected = Counter(tuple(tokens[i * length : (i + 1) * length]) for i in range(chunks))
     assert Counter(epochs[0]) == Counter(epochs[1]) == expected
     assert epochs[0] != epochs[1]
@@ -141,7 +146,9 @@ def test_mistakes_are_named(folder, tmp_path, write_data_folder):
 @settings(max_examples=30, deadline=None)
 @given(length=st.integers(2, 200), micro=st.integers(1, 5), max_tokens=st.integers(0, 300))
 def test_validation_labels_every_token_with_a_predecessor_once(folder, length, micro, max_tokens):
-    batches = list(validation_batches(folder, "code", sequence_length=length, micro_batch_size=micro, max_tokens=max_tokens))
+    batches = list(
+        validation_batches(folder, "code", sequence_length=length, micro_batch_size=micro, max_tokens=max_tokens)
+    )
     labels = [label for row in flat(batches) for label in row[1] if label != IGNORE_INDEX]
     limit = max_tokens or 10**9
     expected, position = [], 0

@@ -34,7 +34,14 @@ def test_huge_sizes_cost_nothing():
 
 
 def test_keys_depend_on_order_type_and_borders():
-    keys = [derive_key("a", "b"), derive_key("b", "a"), derive_key("ab"), derive_key(1), derive_key("1"), derive_key("a", 1)]
+    keys = [
+        derive_key("a", "b"),
+        derive_key("b", "a"),
+        derive_key("ab"),
+        derive_key(1),
+        derive_key("1"),
+        derive_key("a", 1),
+    ]
     assert len(set(keys)) == len(keys)
 
 

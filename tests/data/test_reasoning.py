@@ -28,7 +28,11 @@ def rows_with(traced: int, plain: int, trace: str = "step one • ä\nstep two �
 
 @settings(max_examples=30, deadline=None)
 @given(
-    traced=st.integers(0, 120), plain=st.integers(0, 20), empty=st.floats(0, 1), cut=st.floats(0, 1), seed=st.integers(0, 9)
+    traced=st.integers(0, 120),
+    plain=st.integers(0, 20),
+    empty=st.floats(0, 1),
+    cut=st.floats(0, 1),
+    seed=st.integers(0, 9),
 )
 def test_shares_are_exact_to_rounding(traced, plain, empty, cut, seed, tokenizer):
     rows = rows_with(traced, plain)

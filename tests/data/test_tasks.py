@@ -19,7 +19,7 @@ def numbers(text: str) -> list[int]:
     return [int(n) for n in re.findall(r"\d+", text)]
 
 
-def solve(task: str, prompt: str) -> str:  # noqa: PLR0911, PLR0912
+def solve(task: str, prompt: str) -> str:  # noqa: PLR0911
     """Answer a prompt from its words alone, without the code that made it."""
     values = numbers(prompt)
     if task == "addition":
@@ -64,7 +64,7 @@ def test_answers_are_right_and_traces_are_lines_that_lead_to_them(task):
         assert lines[-1] == "" and all(line.strip() for line in lines[:-1])
         assert "The answer is" not in problem.trace and "</think>" not in problem.trace
         for left, right in re.findall(r"^([\d +x-]*\d) = (\d+)(?:,|$)", problem.trace, re.M):
-            assert eval(left.replace("x", "*")) == int(right), problem  # noqa: S307 - digits and operators only
+            assert eval(left.replace("x", "*")) == int(right), problem
 
 
 @pytest.mark.parametrize("task", sorted(TASKS))

@@ -51,7 +51,10 @@ def exported(tokenizer_folder):
 
 
 @settings(max_examples=300, **RELAXED)
-@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.text("ab <think>/\n answer019", max_size=80))
+@given(
+    text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+    | st.text("ab <think>/\n answer019", max_size=80)
+)
 def test_ids_are_those_of_tiktoken_with_the_same_ranks(text, oracle, exported, tokenizer_folder):
     expected = oracle(text)
     assert exported.encode(text, add_special_tokens=False).ids == expected
@@ -87,7 +90,13 @@ def test_transformers_loads_the_folder_offline(tokenizer_folder, oracle, monkeyp
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
     assert tokenizer.encode("The answer") == oracle("The answer")  # no BOS
     assert tokenizer.convert_ids_to_tokens([0, 1, 2, 10, 11, 12, 999]) == [
-        "<unk>", "<s>", "</s>", "<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>", "<SPECIAL_999>",
+        "<unk>",
+        "<s>",
+        "</s>",
+        "<SPECIAL_10>",
+        "<SPECIAL_11>",
+        "<SPECIAL_12>",
+        "<SPECIAL_999>",
     ]
     assert tokenizer.encode("<SPECIAL_12>think") == [12, *oracle("think")]
     assert tokenizer.decode([12, *oracle("The  answer .")], skip_special_tokens=True) == "The  answer ."

@@ -25,8 +25,12 @@ def source(tmp_path, monkeypatch):
     folder = tmp_path / "index"
     make_wheel(folder / "nanotrain_sample-1.0-py3-none-any.whl")
     with zipfile.ZipFile(folder / "nanotrain_sample-1.0-py3-none-any.whl", "a") as archive:
-        archive.writestr("nanotrain_sample-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: nanotrain-sample\nVersion: 1.0\n")
-        archive.writestr("nanotrain_sample-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            "nanotrain_sample-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: nanotrain-sample\nVersion: 1.0\n"
+        )
+        archive.writestr(
+            "nanotrain_sample-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     return folder

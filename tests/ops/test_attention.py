@@ -2,9 +2,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.ops.conftest import random_segments, relative_error, worst_error
 
 from nanotrain.ops.attention import attention, attention_ref
+from tests.ops.comparison import random_segments, relative_error, worst_error
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 5e-2}
 

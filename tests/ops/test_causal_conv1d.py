@@ -3,11 +3,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.ops.conftest import random_segments, worst_error
 
 from nanotrain.ops.causal_conv1d import causal_conv1d, causal_conv1d_ref
+from tests.ops.comparison import random_segments, worst_error
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -1,14 +1,16 @@
 """The chunked scan against the recurrence as it is written, in fp64."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.ops.conftest import random_segments, relative_error, worst_error
 from torch import Tensor
 
 from nanotrain.ops.ssd import ssd_scan, ssd_scan_ref, ssd_step
+from tests.ops.comparison import random_segments, relative_error, worst_error
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-5, torch.bfloat16: 6e-2}
 
@@ -93,13 +95,11 @@ def test_steps_equal_the_scan() -> None:
 def test_packed_documents_equal_documents_alone_and_a_reused_id_does_not_join_them() -> None:
     x, dt, A, B, C, D = (t.double() for t in make_inputs((1, 20, 2, 2, 3, 4), 5))
     borders = [0, 1, 6, 7, 16, 20]
-    ids = torch.cat(
-        [torch.full((1, e - b), i % 2) for i, (b, e) in enumerate(zip(borders, borders[1:], strict=False))], 1
-    )
+    ids = torch.cat([torch.full((1, e - b), i % 2) for i, (b, e) in enumerate(itertools.pairwise(borders))], 1)
     packed, final = ssd_scan(x, dt, A, B, C, D, chunk_size=8, segment_ids=ids)
     parts = [
         ssd_scan(x[:, b:e], dt[:, b:e], A, B[:, b:e], C[:, b:e], D, chunk_size=8)
-        for b, e in zip(borders, borders[1:], strict=False)
+        for b, e in itertools.pairwise(borders)
     ]
     torch.testing.assert_close(packed, torch.cat([y for y, _ in parts], dim=1))
     torch.testing.assert_close(final, parts[-1][1])
