@@ -65,7 +65,7 @@ def export_folder(
     Args:
         source: checkpoint folder.
         output: must not exist.
-        dtype: float32 or bfloat16; A_log and D stay in float32.
+        dtype: float32 or bfloat16; what the recurrence needs in float32 (A_log, D, dt_bias) stays in it.
         tokenizer_from: tokenizer folder for a source that has none.
         name: of the model, in the card; empty = the output's name.
         seed: of the run, for the provenance.

@@ -8,9 +8,23 @@ import random
 import zipfile
 from pathlib import Path
 
-WORDS = (
-    ["river", "stone", "light", "mountain", "paper", "window", "garden", "letter", "number", "evening", "market", "bridge", "winter", "silver", "valley"]
-)
+WORDS = [
+    "river",
+    "stone",
+    "light",
+    "mountain",
+    "paper",
+    "window",
+    "garden",
+    "letter",
+    "number",
+    "evening",
+    "market",
+    "bridge",
+    "winter",
+    "silver",
+    "valley",
+]
 LANGUAGES = ("de", "fr", "ja")
 
 
@@ -102,7 +116,7 @@ def members(tekken: bytes) -> dict[str, dict[str, bytes | str]]:
     }
     django |= {f"django/conf/locale/{lang}/LC_MESSAGES/django.po": _po(draw, lang) for lang in LANGUAGES}
     talk = "conversations:\n" + "".join(f"- - {sentence(draw)}\n  - {sentence(draw)}\n" for _ in range(5))
-    chatterbot = {f"chatterbot_corpus/data/{lang}/topic{n}.yml": talk.replace("a", lang[0]) + f"- - hi\n  - {n}\n"
+    chatterbot = {f"chatterbot_corpus/data/{lang}/topic{n}.yml": talk.replace("river", lang) + f"- - hi\n  - {n}\n"
                   for lang in ("english", "german") for n in range(12)}  # fmt: skip
     mmlu = {f"lm_eval/tasks/llama3/instruct/mmlu_{lang}/mmlu_{lang}_law.yaml": _mmlu(draw) for lang in ("de", "th")}
     mmlu["lm_eval/tasks/llama3/instruct/mmlu_de/_mmlu_de_group.yaml"] = "group: x\n"

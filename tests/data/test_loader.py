@@ -128,7 +128,7 @@ def test_plan_counts_what_is_drawn(folder):
 def test_mistakes_are_named(folder, tmp_path, write_data_folder):
     with pytest.raises(UserError, match=r"global_batch_size` \(12\) must be divisible"):
         PretrainLoader(folder, CURRICULUM, training(micro=5), 1)
-    with pytest.raises(UserError, match="source `math`.*400 tokens, less than one sequence"):
+    with pytest.raises(UserError, match=r"source `math`.*400 tokens, less than one sequence"):
         PretrainLoader(folder, CURRICULUM, training(length=400), 1)
     with pytest.raises(UserError, match=r"sft/train\.idx` is not listed"):
         PretrainLoader(folder, [PhaseConfig(until=1.0, weights={"sft": 1})], training(), 1)

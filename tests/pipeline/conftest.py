@@ -22,17 +22,22 @@ STAGES = {
 }
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with `family/<stage>.yaml` and `family/pipeline.yaml`."""
-    monkeypatch.chdir(tmp_path)
-    family = tmp_path / "family"
+def write_family(folder: Path) -> None:
+    """Write `family/<stage>.yaml` and `family/pipeline.yaml` below `folder`."""
+    family = folder / "family"
     family.mkdir()
     for name, body in STAGES.items():
         text = f"# test\ndefaults: [recipe, {{/stage: {name}}}, _self_]\nname: toy\n{body}\n"
         (family / f"{name}.yaml").write_text(text)
     entries = "".join(f"  - {{name: {name}, recipe: {name}.yaml}}\n" for name in STAGES)
     (family / "pipeline.yaml").write_text(f"name: toy\nseed: 1\npipeline:\n{entries}")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the toy family."""
+    monkeypatch.chdir(tmp_path)
+    write_family(tmp_path)
     return tmp_path
 
 
