@@ -50,7 +50,7 @@ def load_state_dict(folder: Path | str, dtype: torch.dtype | None = None) -> dic
 
     Args:
         folder: a checkpoint folder.
-        dtype: cast to it (A_log and D to at least fp32); None = as stored.
+        dtype: cast to it (those that stay wide, such as A_log, to at least fp32); None = as stored.
 
     Raises:
         UserError: as `load_config`; or a tensor is missing, unexpected or of the wrong shape, or a file is corrupt.
@@ -110,7 +110,7 @@ def load_model(
 
     Args:
         folder: a checkpoint folder.
-        dtype: of the weights; A_log and D stay at least fp32.
+        dtype: of the weights; A_log, D and dt_bias stay at least fp32.
         device: where to put it.
 
     Raises:
@@ -160,7 +160,7 @@ def save_state_dict(
         state_dict: by HybridModel's names; with tied embeddings `lm_head.weight` may be left out.
         config: the architecture.
         folder: replaced when it exists.
-        dtype: of the tensors on disk; A_log and D are at least fp32. None = as they are.
+        dtype: of the tensors on disk; those that stay wide, such as A_log, are at least fp32. None = as they are.
         tokenizer_from: folder whose tokenizer files are copied; None = none.
         provenance: written to nanotrain.json. Changes of an imported config that its parent recorded are carried on.
         max_shard_bytes: weights above it go into several files with an index.

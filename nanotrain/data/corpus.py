@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from nanotrain.config.data import CATEGORIES, CorpusConfig
 from nanotrain.data import chat_rows
+from nanotrain.data.chat_mixture import build_rows
 from nanotrain.data.corpora.conversations import chitchat_turns
 from nanotrain.data.documents import Document, cap_bytes, drop_duplicates, ngram_overlap, split_by_family, unit_hash
 from nanotrain.data.manifest import write_manifest
@@ -113,7 +114,7 @@ class CorpusBuilder:
         config = self._config
         with WheelReader(self._wheels[CHITCHAT_PACKAGE]) as reader:
             talks = sorted(chitchat_turns(reader), key=lambda talk: unit_hash(talk[0], "chat"))
-        train, validation = chat_rows.build_rows(
+        train, validation = build_rows(
             config.num_chat_rows, config.num_chat_validation_rows, config.validation_fraction, talks
         )
         chat_rows.save_rows(train, self._folder / CHAT_FILES[0])
@@ -183,7 +184,8 @@ class CorpusBuilder:
                     listed.append(
                         {"name": source.name, "category": category, "package": package.name, "member": source.member}
                         | {"version": package.version, "licence": package.licence}
-                        | {"wheel_sha256": self._digests[package.name]}
+                        # a compiled package's wheel differs by platform: what is read from it is pinned instead
+                        | {"sha256": package.members[0][1] if package.members else self._digests[package.name]}
                         | counts[source.name]
                     )
             if "chat-rows" in counts:

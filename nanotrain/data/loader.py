@@ -133,7 +133,7 @@ class PretrainLoader:
 
 
 class SftLoader:
-    """Chat rows, shaped for thinking control, packed best-fit into sequences; only what the assistant writes is trained.
+    """Chat rows, shaped for thinking control and packed best-fit; only what the assistant writes is trained.
 
     Rows are encoded once, when the loader is made. A row is a segment; padding is a segment of its own without labels.
 
@@ -202,7 +202,7 @@ class SftLoader:
         return sum(len(ids) for ids, _ in self._rows)
 
     def summary(self) -> dict[str, int | float]:
-        """Return counts: rows, dropped_rows (too long), truncated_rows, empty_trace_rows, packs, packing_efficiency..."""
+        """Return rows, dropped_rows (too long), truncated_rows, empty_trace_rows, packs, packing_efficiency, epochs."""
         return dict(self._summary)
 
     def _sample(self, k: int) -> Sample:

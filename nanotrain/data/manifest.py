@@ -1,4 +1,4 @@
-"""A prepared data folder and its manifest: nothing is read from it before its bytes were checked against the manifest."""
+"""A prepared data folder and its manifest: nothing is read before its bytes were checked against the manifest."""
 
 import functools
 import json
@@ -75,8 +75,8 @@ class DataFolder:
             _digest(path, stat.st_size, stat.st_mtime_ns, stat.st_ino) != self._files[name]["sha256"]
         ):
             raise UserError(
-                f"`{path}` does not match its sha256 in `{self.folder / MANIFEST}`: the file was changed or cut off; run"
-                " the prepare stage again."
+                f"`{path}` does not match its sha256 in `{self.folder / MANIFEST}`: the file was changed or cut off;"
+                " run the prepare stage again."
             )
         return path
 

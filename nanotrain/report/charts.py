@@ -12,7 +12,7 @@ from html import escape
 from nanotrain.report.axes import Scale, format_tick, nice_ticks, padded_range
 
 WIDTH, HEIGHT = 560, 270
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 46
+LEFT, RIGHT, TOP, BOTTOM = 66, 14, 14, 46
 NUM_COLOURS = 6
 MAX_BAR_WIDTH = 64.0
 MAX_POINTS = 400
@@ -210,7 +210,7 @@ def _frame(
 
 def _y_label(text: str, height: int) -> str:
     middle = (TOP + height - BOTTOM) / 2
-    turn = f"translate(13 {middle:.0f}) rotate(-90)"
+    turn = f"translate(12 {middle:.0f}) rotate(-90)"
     return f'<text class="axis" text-anchor="middle" transform="{turn}">{escape(text)}</text>'
 
 

@@ -4,7 +4,7 @@ from html import escape
 from typing import Any
 
 from nanotrain.report.charts import Bar, Marker, Series, bar_chart, heat_chart, line_chart
-from nanotrain.report.markup import KINDS, Html, figure, grid, heading, show, show_bytes, show_count, table
+from nanotrain.report.markup import KINDS, Html, figure, grid, heading, in_order, show, show_bytes, show_count, table
 from nanotrain.report.run_folder import RunRecord
 
 KIND_COLOURS = {"M": 0, "-": 1, "*": 2}
@@ -15,7 +15,7 @@ def quality(numbers: dict[str, Any]) -> Html:
     rows = numbers["quality"]
     if not rows:
         return Html("")
-    categories = list(dict.fromkeys(name for row in rows for name in row["bits_per_byte"]))
+    categories = in_order(dict.fromkeys(name for row in rows for name in row["bits_per_byte"]))
     body = [
         [
             row["entry"],
@@ -174,7 +174,9 @@ def _candidates(results: dict[str, Any]) -> Html:
     if not candidates:
         return Html("")
     special = ("parameters", "memory_bytes", "held_out", "chosen", "fits")
-    sizes = [key for key in candidates[0] if key not in special and not isinstance(candidates[0][key], (dict, list))]
+    known = ("num_layers", "hidden_size", "intermediate_size", "mamba_num_heads")
+    sizes = [key for key in known if key in candidates[0]]
+    sizes += [key for key in candidates[0] if key not in (*known, *special)]
     rows = [
         [
             "chosen" if row.get("chosen") else "",

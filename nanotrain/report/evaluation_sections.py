@@ -9,6 +9,7 @@ from nanotrain.report.markup import (
     figure,
     grid,
     heading,
+    in_order,
     paragraph,
     show_interval,
     show_share,
@@ -141,7 +142,8 @@ def _held_out_bars(results: dict[str, Any]) -> Html:
     held_out = results.get("held_out")
     if not held_out:
         return Html("")
-    bars = [Bar(name, value, title=f"{name}: {value:.4f}") for name, value in held_out["bits_per_byte"].items()]
+    bits = held_out["bits_per_byte"]
+    bars = [Bar(name, bits[name], title=f"{name}: {bits[name]:.4f}") for name in in_order(bits)]
     chart = bar_chart(bars, label="held-out bits per byte", x_label="category", y_label="bits per byte")
     return grid([figure(chart, "Held-out text", f"bits per byte; mean {held_out['average']:.3f}; lower is better")])
 
@@ -164,5 +166,9 @@ def _sample(one: dict[str, Any]) -> str:
     thinking = f'<pre class="thinking">{escape(str(one["thinking"]).strip())}</pre>' if one.get("thinking") else ""
     return (
         f'<article><header>{tags}</header><pre class="prompt">{escape(str(one["prompt"]).strip())}</pre>{thinking}'
-        f"<pre>{escape(str(one['response']).strip())}</pre></article>"
+        f"{_response(str(one['response']).strip())}</article>"
     )
+
+
+def _response(text: str) -> str:
+    return f"<pre>{escape(text)}</pre>" if text else "<p>no answer</p>"

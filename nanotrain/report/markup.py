@@ -1,12 +1,25 @@
 """HTML of tables, figures and sections, and the forms in which numbers are shown. All text passes through escape."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
+
+from nanotrain.config.data import CATEGORIES
 
 ABSENT = "–"
 
 KINDS = {"M": "Mamba-2", "-": "MLP", "*": "attention"}
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Return names with the categories of text first, in the order of `config.data.CATEGORIES`."""
+    given = list(names)
+    return [name for name in CATEGORIES if name in given] + [name for name in given if name not in CATEGORIES]
+
+
+def colour_of(name: str) -> int | None:
+    """Return the colour that a category has in every chart; None for other names."""
+    return CATEGORIES.index(name) if name in CATEGORIES else None
 
 
 def show_seconds(seconds: float) -> str:

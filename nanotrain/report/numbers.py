@@ -68,6 +68,7 @@ def _stage_numbers(entry: EntryRecord) -> dict[str, Any]:
         "inputs": record["inputs"] if record else {},
         "package_version": record["package_version"] if record else None,
         "results": entry.results,
+        "sources": entry.manifest.get("sources", []),
         "curves": curves(entry),
     }
 

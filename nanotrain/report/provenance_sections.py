@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from nanotrain.report.markup import Html, heading, show, show_bytes, show_digest, table
+from nanotrain.report.markup import Html, heading, in_order, show, show_bytes, show_digest, table
 from nanotrain.report.run_folder import RunRecord
 
 
@@ -11,6 +11,7 @@ def data(run: RunRecord) -> Html:
     parts = []
     for entry in run.by_stage("PrepareConfig"):
         results = entry.results
+        categories = results.get("categories") or {}
         rows = [
             [
                 name,
@@ -20,7 +21,7 @@ def data(run: RunRecord) -> Html:
                 one.get("validation_tokens"),
                 None if one.get("bytes") is None else show_bytes(one["bytes"]),
             ]
-            for name, one in (results.get("categories") or {}).items()
+            for name, one in ((name, categories[name]) for name in in_order(categories))
         ]
         headers = ["Category", "Documents", "Tokens", "Held-out documents", "Held-out tokens", "Text"]
         digests = [
@@ -29,7 +30,13 @@ def data(run: RunRecord) -> Html:
             if results.get(key)
         ]
         chat = [[name.replace("_", " "), value] for name, value in (results.get("chat") or {}).items()]
-        tables = table(headers, rows) + table(["Chat", ""], [row for row in chat if not isinstance(row[1], dict)])
+        sources = [
+            [one.get("name"), one.get("category"), one.get("package"), one.get("licence"), one.get("tokens")]
+            for one in entry.manifest.get("sources") or []
+        ]
+        tables = table(headers, rows)
+        tables += table(["Source", "Category", "Package", "Licence", "Tokens"], sources, text_columns=4)
+        tables += table(["Chat", ""], [row for row in chat if not isinstance(row[1], dict)])
         parts.append(heading(entry.name) + tables + table(["Digest", ""], digests, text_columns=2))
     return Html("".join(parts))
 
@@ -42,11 +49,13 @@ def published(numbers: dict[str, Any]) -> Html:
             Html(f"<code>{_code(row['key'])}</code>"),
             show(row["ours"]),
             show(row["published"]) + ("" if row["status"] == "published" else f" ({row['status']})"),
-            "; ".join(text for text in (row["source"], row["note"]) if text),
+            "; ".join(text for text in (", ".join(row["sources"]), row["note"]) if text),
         ]
         for row in numbers["published"]
     ]
-    return table(["Stage", "Key", "Here", "Published", "Source"], rows, text_columns=5)
+    sources = {key: title for row in numbers["published"] for key, title in row["sources"].items()}
+    differences = table(["Stage", "Key", "Here", "Published", "Source"], rows, text_columns=5)
+    return Html(differences + table(["Source", ""], sorted(sources.items()), text_columns=2))
 
 
 def _code(key: str) -> str:

@@ -73,7 +73,7 @@ def _row(entry: str, key: str, ours: Any, published: paper.PublishedValue) -> di
         "ours": _plain(ours),
         "published": _plain(published.value),
         "status": published.status.value,
-        "source": "; ".join(paper.SOURCES[source] for source in published.sources),
+        "sources": {source: paper.SOURCES[source] for source in published.sources},
         "note": published.note,
     }
 

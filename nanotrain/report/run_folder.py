@@ -36,6 +36,8 @@ class EntryRecord:
     """attempts.json: seconds and memory so far."""
     recipe: dict[str, Any]
     results: dict[str, Any]
+    manifest: dict[str, Any]
+    """Of the data folder that a prepare entry leaves; empty for others."""
     metrics: list[dict[str, Any]]
     """Lines of metrics.jsonl in rising order of step, one a step: after a resume the later line holds."""
 
@@ -133,6 +135,7 @@ def _read_entry(folder: Path) -> EntryRecord:
         attempts=_read_json(folder / "attempts.json"),
         recipe=recipe if isinstance(recipe, dict) else {},
         results=_read_json(folder / "results.json"),
+        manifest=_read_json(folder / "data" / "manifest.json"),
         metrics=_read_metrics(folder / "metrics.jsonl"),
     )
 

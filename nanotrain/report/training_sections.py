@@ -3,7 +3,7 @@
 from typing import Any
 
 from nanotrain.report.charts import Bar, Series, bar_chart, line_chart
-from nanotrain.report.markup import Html, figure, grid, heading
+from nanotrain.report.markup import Html, colour_of, figure, grid, heading, in_order, table
 from nanotrain.report.run_folder import EntryRecord, RunRecord
 
 LOSS_NAMES = {
@@ -40,9 +40,8 @@ def _loss_figure(entry: EntryRecord, curves: dict[str, list[tuple[float, float]]
 def _held_out_figure(curves: dict[str, list[tuple[float, float]]]) -> str:
     prefix = f"{HELD_OUT}bits_per_byte/"
     series = [
-        Series(name.removeprefix(prefix), points, marked=True)
-        for name, points in curves.items()
-        if name.startswith(prefix)
+        Series(name, curves[prefix + name], marked=True, colour=colour_of(name))
+        for name in in_order(key.removeprefix(prefix) for key in curves if key.startswith(prefix))
     ]
     chart = line_chart(series, label="held-out bits per byte by category", x_label="step", y_label="bits per byte")
     return figure(chart, "Held-out text", "bits per byte by category; lower is better")
@@ -72,13 +71,17 @@ def blend(run: RunRecord) -> Html:
         phases = stage.get("curriculum") or []
         shares = entry.results.get("blend") or {}
         charts = grid([_curriculum_figure(entry.name, phases), _share_figure(entry.name, shares)])
-        if charts:
-            parts.append(heading(entry.name) + charts)
+        rows = [[name.replace("_", " "), value] for name, value in (entry.results.get("sft") or {}).items()]
+        content = charts + table(["Chat rows as trained on", ""], rows)
+        if content:
+            parts.append(heading(entry.name) + content)
     return Html("".join(parts))
 
 
 def _share_figure(name: str, shares: dict[str, float]) -> str:
-    bars = [Bar(source, 100 * share, title=f"{source}: {100 * share:.2f}%") for source, share in sorted(shares.items())]
+    if len(shares) < 2:
+        return Html("")
+    bars = [Bar(one, 100 * shares[one], title=f"{one}: {100 * shares[one]:.2f}%") for one in in_order(sorted(shares))]
     chart = bar_chart(bars, label=f"{name}: realised blend", x_label="source", y_label="% of tokens")
     return figure(chart, "Realised blend", "share of the tokens that were trained on")
 
@@ -86,7 +89,7 @@ def _share_figure(name: str, shares: dict[str, float]) -> str:
 def _curriculum_figure(name: str, phases: list[dict[str, Any]]) -> str:
     if len(phases) < 2:
         return ""
-    sources = sorted({source for phase in phases for source in phase["weights"]})
+    sources = in_order(sorted({source for phase in phases for source in phase["weights"]}))
     series = []
     for source in sources:
         points, start = [], 0.0
@@ -94,6 +97,6 @@ def _curriculum_figure(name: str, phases: list[dict[str, Any]]) -> str:
             share = 100 * phase["weights"].get(source, 0.0) / sum(phase["weights"].values())
             points += [(100 * start, share), (100 * phase["until"], share)]
             start = phase["until"]
-        series.append(Series(source, points))
+        series.append(Series(source, points, colour=colour_of(source)))
     chart = line_chart(series, label=f"{name}: curriculum", x_label="% of the stage's tokens", y_label="% of the blend")
     return figure(chart, "Curriculum", "weights by phase, as planned")

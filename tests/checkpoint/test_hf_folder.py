@@ -22,6 +22,7 @@ from nanotrain.checkpoint.verification import VerificationError
 from nanotrain.config.errors import MissingInputError, UserError
 from nanotrain.config.model import ModelConfig
 from nanotrain.model.hybrid import HybridModel
+from nanotrain.planning.parameters import FP32_TENSORS
 from tests.checkpoint.conftest import small_config, write_tokenizer
 
 
@@ -54,11 +55,11 @@ def test_save_dtype_and_the_tensors_that_stay_fp32(model: HybridModel, tmp_path:
     save_model(model, tmp_path / "hf", dtype=dtype)
     stored = load_file(tmp_path / "hf" / "model.safetensors")
     for name, tensor in stored.items():
-        assert tensor.dtype == (torch.float32 if name.endswith(("A_log", ".D")) else dtype), name
+        assert tensor.dtype == (torch.float32 if name.endswith(FP32_TENSORS) else dtype), name
     content = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert content["dtype"] == content["torch_dtype"] == str(dtype).removeprefix("torch.")
     narrow = load_model(tmp_path / "hf", dtype=torch.bfloat16)
-    assert {p.dtype for name, p in narrow.named_parameters() if name.endswith(("A_log", ".D"))} == {torch.float32}
+    assert {p.dtype for name, p in narrow.named_parameters() if name.endswith(FP32_TENSORS)} == {torch.float32}
     assert {p.dtype for p in load_model(tmp_path / "hf", dtype=torch.float64).parameters()} == {torch.float64}
     result = verify_against_transformers(tmp_path / "hf")
     assert result["max_abs_logit_difference"] < 1e-4 and result["tokens_checked"] >= 2 * (model.config.chunk_size + 1)

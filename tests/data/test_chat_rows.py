@@ -3,99 +3,41 @@ import json
 import pytest
 
 from nanotrain.config.errors import UserError
-from nanotrain.data.chat_rows import (
-    CHAT_SHARE,
-    WORD_PROBLEM_SHARE,
-    build_rows,
-    conversation_row,
-    count_tasks,
-    load_rows,
-    rows_as_documents,
-    save_rows,
-)
-from nanotrain.data.documents import unit_hash
-from nanotrain.data.tasks import TASKS, VERIFIABLE, score
-
-TALKS = [(f"talk {i}", ["Hello", f"Hi, I am {i}", "How are you?", "Well, thank you", "unanswered"]) for i in range(60)]
+from nanotrain.data.chat_rows import count_tasks, load_rows, rows_as_documents, save_rows
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def rows():
-    return build_rows(600, 120, 0.1, TALKS)
+    """Two verifiable rows and one of plain chat."""
+    made = []
+    for number, trace in enumerate(("1 + 1 = 2\n", "2 + 1 = 3\n", None)):
+        reply = {"role": "assistant", "content": f"The answer is {number + 2}."}
+        reply |= {"reasoning_content": trace} if trace else {}
+        messages = [{"role": "user", "content": f"What is {number} + 1? ä"}, reply]
+        task = "addition" if trace else "chat"
+        made.append({"messages": messages, "task": task, "answer": "", "metadata": {"family": f"f{number}"}})
+    return made
 
 
-def test_counts_and_shares_are_exact(rows):
-    train, validation = rows
-    assert (len(train), len(validation)) == (600, 120)
-    counts = count_tasks(train)
-    assert counts["chat"] == round(CHAT_SHARE * 600)
-    assert counts["word_problem"] == round(WORD_PROBLEM_SHARE * (600 - counts["chat"]))
-    tasks = [counts[task] for task in TASKS]
-    assert max(tasks) - min(tasks) <= 1
-    assert set(count_tasks(validation)) == set(VERIFIABLE)
-
-
-def test_sides_share_no_prompt_and_no_family(rows):
-    train, validation = rows
-    for key in (lambda r: r["messages"][0]["content"], lambda r: r["metadata"]["family"]):
-        assert not {key(row) for row in train if row["task"] != "chat"} & {key(row) for row in validation}
-    assert all(unit_hash(row["metadata"]["family"], "split") < 0.1 for row in validation)
-    assert all(unit_hash(row["metadata"]["family"], "split") >= 0.1 for row in train)
-    prompts = [row["messages"][0]["content"] for row in train if row["task"] != "chat"]
-    assert len(prompts) == len(set(prompts))
-
-
-def test_every_gold_response_scores_one(rows):
-    for row in (*rows[0], *rows[1]):
-        if row["task"] != "chat":
-            reply = row["messages"][-1]
-            assert score(row, reply["reasoning_content"] + "</think>\n\n" + reply["content"]) == 1.0
-            assert reply["reasoning_content"].endswith("\n")
-
-
-def test_rows_are_mixed_and_stable(rows):
-    assert rows == build_rows(600, 120, 0.1, TALKS)
-    assert len({row["task"] for row in rows[0][:40]}) > 8
-
-
-def test_validation_does_not_depend_on_the_number_of_training_rows(rows):
-    assert build_rows(100, 120, 0.1, TALKS)[1] == rows[1]
-
-
-def test_conversations_end_with_the_assistant():
-    row = conversation_row("t", ["a", "b", "c"])
-    assert [m["role"] for m in row["messages"]] == ["user", "assistant"]
-    assert conversation_row("t", ["a"]) is None
-    assert conversation_row("t", ["a" * 10_000, "b"]) is None
-
-
-def test_too_many_rows_are_refused(monkeypatch):
-    monkeypatch.setattr("nanotrain.data.chat_rows.TASKS", {"weekday": TASKS["weekday"]})
-    monkeypatch.setattr("nanotrain.data.chat_rows.WORD_PROBLEM_SHARE", 0.0)
-    with pytest.raises(UserError, match=r"`stage\.corpus\.num_chat_rows` \(50000\) exceeds the \d+ distinct prompts"):
-        build_rows(50_000, 1, 0.1, [])
-
-
-def test_running_text_holds_prompt_trace_and_answer(rows):
-    documents = rows_as_documents(rows[0], 50)
-    assert len(documents) == 50
-    for row, document in zip(rows[0], documents, strict=False):
-        assert document.family == row["metadata"]["family"]
-        for message in row["messages"]:
-            assert message["content"] in document.text
-    traced = next(d for d, r in zip(documents, rows[0], strict=False) if r["task"] != "chat")
-    assert (
-        traced.text.startswith("User: ")
-        and "\nAssistant: <think>\n" in traced.text
-        and "</think>\n\nThe answer" in traced.text
+def test_running_text_is_prompt_trace_and_answer(rows):
+    documents = rows_as_documents(rows, 50)
+    assert [d.family for d in documents] == ["f0", "f1", "f2"]
+    assert documents[0].text == (
+        "User: What is 0 + 1? ä\nAssistant: <think>\n1 + 1 = 2\n</think>\n\nThe answer is 2.\n"
     )
+    assert documents[2].text == "User: What is 2 + 1? ä\nAssistant: The answer is 4.\n"
+    assert len(rows_as_documents(rows, 1)) == 1
+
+
+def test_tasks_are_counted(rows):
+    assert count_tasks(rows) == {"addition": 2, "chat": 1}
 
 
 def test_files_round_trip_and_damage_is_named(rows, tmp_path):
     file = tmp_path / "chat/train.jsonl"
-    save_rows(rows[0], file)
-    assert load_rows(file) == rows[0]
-    good = json.dumps(rows[0][0])
+    save_rows(rows, file)
+    assert load_rows(file) == rows
+    good = json.dumps(rows[0])
     for line, message in (
         ("{", "line 2 is not a chat row"),
         ('{"messages": []}', "line 2 is not a chat row"),

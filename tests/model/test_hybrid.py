@@ -111,7 +111,7 @@ def test_bf16_weights_and_bf16_autocast_stay_near_fp32() -> None:
     )
     narrow = model.bfloat16()(ids)
     assert narrow.dtype == torch.bfloat16
-    assert float((narrow.float() - expected).abs().mean() / expected.abs().mean()) < 0.05
+    assert ((narrow.float() - expected).abs().mean() / expected.abs().mean()).item() < 0.05
 
 
 def test_hidden_states_times_output_weight_are_the_logits() -> None:

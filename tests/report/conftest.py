@@ -169,6 +169,10 @@ def _write_entry(folder: Path, stage: str, kind: str, product: str, seconds: flo
     (folder / "results.json").write_text(json.dumps(results))
     if metrics:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    if stage == "PrepareConfig":
+        (folder / "data").mkdir()
+        source = {"name": "enwiki", "category": "web", "package": "gensim", "licence": "CC-BY-SA-3.0", "tokens": 49820}
+        (folder / "data" / "manifest.json").write_text(json.dumps({"sources": [source]}))
     inputs = {"init_from": {"path": f"runs/x/{folder.name}", "digest": _digest("in"), "entry": "earlier"}}
     record = {"fingerprint": _digest("f"), "recipe_digest": _digest("r"), "entry": folder.name, "stage": stage}
     record |= {"kind": kind, "product": product, "product_digest": _digest(folder.name), "product_files": {}}

@@ -97,7 +97,17 @@ def test_page_shows_the_numbers_and_has_all_sections(make_run: Make) -> None:
         "Versions and digests",
     ):
         assert f"<h2>{heading}</h2>" in html
-    for shown in ("8 min 49 s", "2.45 M", "2.900", "42.0%", "kept 112 of 128", "3.61", "312,345", "0.00045"):
+    for shown in (
+        "8 min 49 s",
+        "2.45 M",
+        "2.900",
+        "42.0%",
+        "kept 112 of 128",
+        "3.61",
+        "312,345",
+        "0.00045",
+        "CC-BY-SA-3.0",
+    ):
         assert shown in text, shown
     assert not re.search(r"\b(nan|inf|None)\b", text)
 

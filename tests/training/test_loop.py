@@ -1,0 +1,169 @@
+"""The loop: an interrupted run is the uninterrupted one, bit for bit; signals, non-finite steps, damaged states."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nanotrain.config.engine import Device, EngineConfig, Precision, TrackingConfig
+from nanotrain.config.training import ScheduleConfig, TrainingConfig
+from nanotrain.engines import build_engine
+from nanotrain.losses.language_modeling import CrossEntropy
+from nanotrain.model.hybrid import HybridModel
+from nanotrain.runtime.run import Run
+from nanotrain.runtime.signals import Preempted
+from nanotrain.training.guard import TrainingDiverged
+from nanotrain.training.loop import train
+
+FP32 = EngineConfig(device=Device.cpu, precision=Precision.fp32)
+CONFIG = TrainingConfig(
+    steps=8,
+    global_batch_size=4,
+    micro_batch_size=2,
+    sequence_length=12,
+    learning_rate=1e-2,
+    schedule=ScheduleConfig(warmup_steps=2, decay_steps=3),
+    evaluation_interval=4,
+    save_interval_seconds=1e-6,
+    max_nonfinite_steps=2,
+)
+
+
+def fresh_engine(config=CONFIG):
+    from tests.conftest import TINY
+
+    model = HybridModel(TINY)
+    model.init_weights(0)
+    return build_engine(FP32, model, config)
+
+
+def run_in(folder) -> Run:
+    return Run("t", "pretrain", folder, 1, FP32, TrackingConfig())
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "pretrain/metrics.jsonl").read_text().splitlines()]
+
+
+class Interrupting:
+    """Gives the batches of another loader; at one step, once, does something nasty first."""
+
+    def __init__(self, loader, step, action):
+        self.loader, self.step, self.action = loader, step, action
+
+    def microbatches(self, step):
+        if step == self.step:
+            self.step = None
+            self.action()
+        return self.loader.microbatches(step)
+
+
+def weights(engine):
+    with engine.inference_model() as model:
+        return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def comparable(folder):
+    timing = ("tokens_per_second", "mfu", "memory_bytes", "eta_seconds", "seconds")
+    return [{k: v for k, v in line.items() if k not in timing} for line in lines(folder)]
+
+
+class Crash(Exception):
+    pass
+
+
+def crash():
+    raise Crash
+
+
+@pytest.mark.parametrize("step", [0, 1, 5, 7])
+def test_resumed_equals_uninterrupted(tmp_path, random_loader, step):
+    calm = fresh_engine()
+    summary = train(
+        calm, random_loader, CrossEntropy(), CONFIG, run_in(tmp_path / "calm"), lambda: {"held_out/loss": 1.0}
+    )
+    with pytest.raises(Crash):
+        train(
+            fresh_engine(),
+            Interrupting(random_loader, step, crash),
+            CrossEntropy(),
+            CONFIG,
+            run_in(tmp_path / "cut"),
+            lambda: {"held_out/loss": 1.0},
+        )
+    torch.manual_seed(12345)  # whatever the new process drew before it resumes
+    engine = fresh_engine()
+    again = train(
+        engine, random_loader, CrossEntropy(), CONFIG, run_in(tmp_path / "cut"), lambda: {"held_out/loss": 1.0}
+    )
+    assert (again.steps, again.tokens, again.final_loss) == (summary.steps, summary.tokens, summary.final_loss)
+    assert again.evaluation == summary.evaluation == {"held_out/loss": 1.0}
+    expected = weights(calm)
+    assert all(tensor.equal(expected[name]) for name, tensor in weights(engine).items())
+    assert comparable(tmp_path / "cut") == comparable(tmp_path / "calm")
+    assert [line["step"] for line in lines(tmp_path / "cut")] == list(range(1, 9))
+
+
+def test_a_finished_training_is_not_repeated(tmp_path, random_loader):
+    first = train(fresh_engine(), random_loader, CrossEntropy(), CONFIG, run_in(tmp_path))
+
+    class Refusing:
+        def microbatches(self, step):
+            raise AssertionError("no step is left to do")
+
+    engine = fresh_engine()
+    assert replace(train(engine, Refusing(), CrossEntropy(), CONFIG, run_in(tmp_path)), seconds=0) == replace(
+        first, seconds=0
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_and_ends(tmp_path, random_loader, number):
+    config = replace(CONFIG, save_interval_seconds=1e6)
+    loader = Interrupting(random_loader, 3, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(Preempted) as caught:
+        train(fresh_engine(config), loader, CrossEntropy(), config, run_in(tmp_path))
+    assert caught.value.step == 4
+    assert (tmp_path / "pretrain/state/step-00000004").is_dir()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert train(fresh_engine(), random_loader, CrossEntropy(), config, run_in(tmp_path)).steps == 8
+
+
+def test_a_damaged_state_is_passed_over(tmp_path, random_loader, caplog):
+    with pytest.raises(Crash):
+        train(fresh_engine(), Interrupting(random_loader, 5, crash), CrossEntropy(), CONFIG, run_in(tmp_path))
+    states = sorted((tmp_path / "pretrain/state").iterdir())
+    assert [state.name for state in states] == ["step-00000004", "step-00000005"]
+    file = states[-1] / "engine/model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    engine = fresh_engine()
+    train(engine, random_loader, CrossEntropy(), CONFIG, run_in(tmp_path))
+    calm = fresh_engine()
+    train(calm, random_loader, CrossEntropy(), CONFIG, run_in(tmp_path / "calm"))
+    expected = weights(calm)
+    assert all(tensor.equal(expected[name]) for name, tensor in weights(engine).items())
+
+
+def test_steps_that_are_not_finite_are_counted_and_end_the_run(tmp_path, random_loader):
+    class Poisoned(CrossEntropy):
+        calls = 0
+
+        def __call__(self, head, batch):
+            output = super().__call__(head, batch)
+            Poisoned.calls += 1
+            bad = Poisoned.calls in self.bad
+            return output._replace(loss_sum=output.loss_sum * (float("inf") if bad else 1.0))
+
+    Poisoned.bad, Poisoned.calls = {3, 7}, 0  # steps 1 and 3: never two in a row
+    summary = train(fresh_engine(), random_loader, Poisoned(), CONFIG, run_in(tmp_path / "a"))
+    assert summary.skipped_steps == 2
+    assert [line["step"] for line in lines(tmp_path / "a") if line["skipped"]] == [2, 4]
+    Poisoned.bad, Poisoned.calls = {5, 7}, 0  # steps 2 and 3
+    with pytest.raises(TrainingDiverged, match="max_nonfinite_steps"):
+        train(fresh_engine(), random_loader, Poisoned(), CONFIG, run_in(tmp_path / "b"))
+    assert not (tmp_path / "b/pretrain/state/step-00000004").exists()
