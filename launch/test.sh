@@ -7,4 +7,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_environment dev
 cd "$ROOT"
 export OMP_NUM_THREADS=1 # two test processes share the cores; more threads only wait for each other
-exec "$VENV/bin/python" -m pytest -n 2 -m "not slow and not gpu" "$@"
+exec "$VENV/bin/python" -m pytest -n 2 --dist loadgroup -m "not slow and not gpu" "$@"

@@ -57,7 +57,7 @@ class MambaMixer(nn.Module):
         self.out_proj = nn.Linear(config.mamba_inner_size, config.hidden_size, bias=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MambaMixer":
-        """Move or cast, but leave A_log and D at fp32 or more: rounding A shifts every decay of a long sequence."""
+        """Move or cast, but leave A_log, D and dt_bias at fp32 or more: a rounded A or dt shifts every decay."""
         before = {name: self._parameters[name] for name in FP32_TENSORS}
         before = {name: parameter.data for name, parameter in before.items() if parameter is not None}
         super()._apply(fn, recurse)

@@ -32,7 +32,7 @@ def calm(tmp_path_factory) -> Path:
 @pytest.mark.timeout(900)
 def test_every_stage_leaves_its_product_and_the_report_is_whole(calm):
     report = json.loads((calm / "report.json").read_text())
-    assert list(report["stages"]) == STAGES
+    assert sorted(report["stages"]) == sorted(STAGES)
     assert report["total_seconds"] == pytest.approx(sum(report["stages"][name]["seconds"] for name in STAGES), abs=0.1)
     assert all(0 < report["stages"][name]["peak_memory_bytes"] < 4 * 2**30 for name in STAGES)
     assert (calm / "report.html").stat().st_size > 10_000
