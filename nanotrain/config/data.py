@@ -51,10 +51,27 @@ class PhaseConfig:
     """Share of the stage's tokens at which this phase ends; the last phase ends at 1.0."""
     weights: dict[str, float] = field(default_factory=dict)
     """Source name -> weight; normalised."""
+    blend: str = ""
+    """Take weights and caps from this blend file (configs/data/blends) instead of stating them."""
+    max_epochs: dict[str, float] = field(default_factory=dict)
+    """Source name -> most times that the whole stage may walk through its text; sources without one have no cap."""
 
 
-def validate_curriculum(phases: list[PhaseConfig], path: str, sources: tuple[str, ...] = CATEGORIES) -> None:
-    """Raise UserError unless phases rise to 1.0 and every weight is finite, positive in sum, and of a known source."""
+def names_a_folder(value: str) -> bool:
+    """Return whether a `*_from` value is a folder, not an entry's name."""
+    return "/" in value or value.startswith((".", "~"))
+
+
+def validate_curriculum(
+    phases: list[PhaseConfig], path: str, sources: tuple[str, ...] | None = CATEGORIES
+) -> None:
+    """Raise UserError unless phases rise to 1.0 and every weight is finite, positive in sum, and of a known source.
+
+    Args:
+        phases: the curriculum.
+        path: its key.
+        sources: known names; None when they are known only from the data folder.
+    """
     if not phases:
         raise UserError(f"`{path}` must list at least one phase, for example [{{until: 1.0, weights: {{web: 1}}}}].")
     previous = 0.0
@@ -63,10 +80,15 @@ def validate_curriculum(phases: list[PhaseConfig], path: str, sources: tuple[str
             raise UserError(f"`{path}[{i}].until` ({phase.until}) must rise from phase to phase and not exceed 1.0.")
         previous = phase.until
         for name, weight in phase.weights.items():
-            if name not in sources:
+            if sources is not None and name not in sources:
                 raise UserError(f"`{path}[{i}].weights.{name}` is not a source; {nearest(name, sources)}")
             if not math.isfinite(weight) or weight < 0:
                 raise UserError(f"`{path}[{i}].weights.{name}` ({weight}) must be a finite number of at least 0.")
+        for name, cap in phase.max_epochs.items():
+            if name not in phase.weights:
+                raise UserError(f"`{path}[{i}].max_epochs.{name}` caps what is no source; {nearest(name, phase.weights)}")
+            if not math.isfinite(cap) or cap <= 0:
+                raise UserError(f"`{path}[{i}].max_epochs.{name}` ({cap}) must be a finite number above 0.")
         if not sum(phase.weights.values()) > 0:
             raise UserError(f"`{path}[{i}].weights` must hold at least one weight above 0.")
     if previous != 1.0:

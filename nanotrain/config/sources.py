@@ -11,8 +11,8 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from nanotrain.config.errors import MissingInputError, UserError, nearest
-from nanotrain.config.load import package_folder
+from nanotrain.config.errors import UserError, nearest
+from nanotrain.config.shipped import find_values
 from nanotrain.config.values_file import load_values
 
 
@@ -107,20 +107,6 @@ class ComponentConfig:
 
 
 COMPONENTS_FOLDER = Path("data") / "nemotron_pretraining_v1"
-
-
-def find_values(name: str | Path, folder: Path, what: str) -> Path:
-    """Return a YAML file: a path as given, or a name in a folder below `configs`.
-
-    Raises:
-        MissingInputError: neither; the message lists the names.
-    """
-    shipped = package_folder("configs") / folder
-    for candidate in (Path(name), shipped / name, shipped / f"{name}.yaml"):
-        if candidate.is_file():
-            return candidate
-    names = [file.relative_to(shipped).with_suffix("").as_posix() for file in sorted(shipped.rglob("*.yaml"))]
-    raise MissingInputError(f"`{name}` is neither a {what} file nor a shipped {what}; {nearest(str(name), names)}")
 
 
 def load_component(name: str | Path) -> ComponentConfig:

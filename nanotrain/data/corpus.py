@@ -16,11 +16,13 @@ import numpy as np
 from tqdm import tqdm
 
 from nanotrain.config.data import CATEGORIES, CorpusConfig
+from nanotrain.config.errors import UserError
 from nanotrain.data import chat_rows
 from nanotrain.data.chat_mixture import build_rows
 from nanotrain.data.corpora.conversations import chitchat_turns
-from nanotrain.data.documents import Document, cap_bytes, drop_duplicates, ngram_overlap, split_by_family, unit_hash
+from nanotrain.data.documents import Document, cap_bytes, drop_duplicates, split_by_family, unit_hash
 from nanotrain.data.manifest import write_manifest
+from nanotrain.data.overlap import overlap_report
 from nanotrain.data.packages import AnyPackage, open_package, package_version
 from nanotrain.data.pip_mini import (
     CHITCHAT_PACKAGE,
@@ -148,6 +150,11 @@ class CorpusBuilder:
                 continue
             with open_package(self._wheels[source.package]) as reader:
                 found = [document for document in source.extract(reader) if document.text.strip()]
+            if not found:
+                raise UserError(
+                    f"source `{source.name}` found no document in `{self._wheels[source.package].name}`: this version of"
+                    f" the package has another layout; use the version that docs/data.md names."
+                )
             unique = drop_duplicates(found, seen)
             dropped += len(found) - len(unique)
             documents += cap_bytes(unique, source.max_bytes)
@@ -177,10 +184,12 @@ class CorpusBuilder:
             writer.finish()
             numbers |= {f"{split}_tokens": total, f"{split}_documents": len(side)}
             numbers[f"{split}_families"] = len({document.family for document in side})
+        overlap = overlap_report(train, validation)
         return numbers | {
             "bytes": sum(count["bytes"] for count in sources.values()),
             "duplicates_removed": dropped,
-            "validation_13gram_overlap": ngram_overlap([d.text for d in train], [d.text for d in validation]),
+            "validation_13gram_overlap": overlap["share"],
+            "overlap": overlap,
             "sources": sources,
         }
 

