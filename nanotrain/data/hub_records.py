@@ -7,7 +7,6 @@ is a small JSON value.
 import glob
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,22 +58,15 @@ def _builder(file: str) -> str:
     return _BUILDERS[suffix]
 
 
-@dataclass
-class RecordStream:
-    """A subset's records, in order.
+_READ_ERRORS = (pa.ArrowException, DatasetGenerationError, EOFError, OSError, httpx.HTTPError, UnicodeDecodeError)
 
-    Attributes:
-        name: of the subset.
-        subset: what was published about it.
-        where: the hub's id or the files, for manifests and messages.
-        columns: column -> Arrow type, as found.
-    """
 
-    name: str
-    subset: SubsetConfig
-    where: str
-    columns: dict[str, str]
-    _dataset: datasets.IterableDataset
+class _Stream:
+    """Records in order, from a place that can be kept and returned to."""
+
+    def __init__(self, dataset: datasets.IterableDataset, name: str, where: str) -> None:
+        self._dataset, self._name, self.where = dataset, name, where
+        self._start = dataset.state_dict()
 
     def records(self, state: State | None = None) -> Iterator[Record]:
         """Yield records, all of them or those after `state`.
@@ -82,19 +74,48 @@ class RecordStream:
         Raises:
             UserError: a file is damaged, or the connection failed.
         """
-        if state:
-            self._dataset.load_state_dict(state)
+        self._dataset.load_state_dict(state or self._start)
         try:
             yield from self._dataset
-        except (pa.ArrowException, DatasetGenerationError, EOFError, OSError, httpx.HTTPError, UnicodeDecodeError) as error:
+        except _READ_ERRORS as error:
             raise UserError(
-                f"`{self.name}`: reading from {self.where} failed ({_reason(error)}); finished files stay, run the same"
+                f"`{self._name}`: reading from {self.where} failed ({_reason(error)}); finished files stay, run the same"
                 " command again, and replace the file when it is damaged."
             ) from None
 
     def state(self) -> State:
         """Return where the stream stands: what `records` takes to go on after the last record it gave."""
         return self._dataset.state_dict()
+
+
+class RecordStream(_Stream):
+    """A subset's records.
+
+    Attributes:
+        where: the hub's id or the files, for manifests and messages.
+        columns: column -> Arrow type, as found.
+    """
+
+    def __init__(self, dataset: datasets.IterableDataset, name: str, where: str, columns: dict[str, str]) -> None:
+        super().__init__(dataset, name, where)
+        self.columns = columns
+
+
+class LocalRecords(_Stream):
+    """Records of local files without a component.
+
+    Args:
+        files: patterns or files.
+        what: the option that named them, for messages.
+        needed: columns that every record must have.
+    """
+
+    def __init__(self, files: list[str], what: str, needed: tuple[str, ...]) -> None:
+        dataset = open_local(files, what)
+        for column in needed:
+            if column not in (dataset.features or {}):
+                raise UserError(f"{what} ({files[0]}) has no column `{column}`; {nearest(column, dataset.features or ['none'])}")
+        super().__init__(dataset, what, ", ".join(files))
 
 
 def open_records(component: ComponentConfig, name: str) -> RecordStream:
@@ -114,9 +135,9 @@ def open_records(component: ComponentConfig, name: str) -> RecordStream:
     features = dataset.features
     if features is None:
         raise UserError(f"`{name}`: {where} holds no record, so its columns are unknown; leave the subset out.")
-    columns = {column: pa.schema(features.arrow_schema).field(column).type for column in features}
+    columns = {column: features.arrow_schema.field(column).type for column in features}
     _check_columns(name, subset, where, columns)
-    return RecordStream(name, subset, where, {key: str(kind) for key, kind in columns.items()}, dataset)
+    return RecordStream(dataset, name, where, {key: str(kind) for key, kind in columns.items()})
 
 
 def open_local(patterns: list[str], what: str) -> datasets.IterableDataset:

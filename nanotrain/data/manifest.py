@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nanotrain.config.data import CATEGORIES
 from nanotrain.config.errors import MissingInputError, UserError
 from nanotrain.runtime.files import file_digest, write_json_atomic
 
@@ -84,6 +85,15 @@ class DataFolder:
         """Return the prefix of a token shard after checking both of its files."""
         self.file(f"{category}/{split}.idx")
         return self.file(f"{category}/{split}.bin").with_suffix("")
+
+    def sources(self, split: str) -> list[str]:
+        """Return the sources that have a shard of the split: the five categories first, then others by name.
+
+        A source of several shards is listed part by part.
+        """
+        ending = f"/{split}.idx"
+        found = [name.removesuffix(ending) for name in self._files if name.endswith(ending)]
+        return sorted(found, key=lambda name: (CATEGORIES.index(name) if name in CATEGORIES else len(CATEGORIES), name))
 
     def check_tokenizer(self, tokenizer_folder: Path) -> None:
         """Refuse a tokenizer that is not the one that made the tokens.

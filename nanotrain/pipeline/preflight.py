@@ -11,6 +11,8 @@ from nanotrain.config.load import LoadedEntry, LoadedRecipe
 from nanotrain.config.load_messages import shown_path
 from nanotrain.config.model import ModelConfig
 from nanotrain.config.stage import DistillConfig, PrepareConfig, PretrainConfig, PruneConfig, SftConfig
+from nanotrain.data.blend_folder import check_sources
+from nanotrain.data.manifest import MANIFEST
 from nanotrain.pipeline.inputs import InputRef
 from nanotrain.pipeline.products import RECIPE_FILE, load_record
 from nanotrain.planning.parameters import count_parameters
@@ -32,6 +34,7 @@ class Preflight:
         """Raise UserError for what cannot work."""
         for entry in self._recipe.entries:
             self._check_vocabularies(entry)
+            self._check_sources(entry)
         self._check_disk()
 
     def _input(self, entry: LoadedEntry, key: str) -> InputRef | None:
@@ -64,6 +67,15 @@ class Preflight:
                     f"`{prefix}.{where}` gives the model a vocabulary of {own} tokens, but the tokenizer of"
                     f" `{prefix}.data_from` ({stage.data_from}) has {tokenizer}; make the former at least as large."
                 )
+
+    def _check_sources(self, entry: LoadedEntry) -> None:
+        """Compare the curriculum's sources with those of a data folder that exists already."""
+        stage = entry.config.stage
+        if isinstance(stage, PretrainConfig | DistillConfig):
+            ref = self._input(entry, "data_from")
+            folder = self._folder(ref) if ref is not None else None
+            if folder is not None and (folder / MANIFEST).is_file():
+                check_sources(stage.curriculum, folder, f"{entry.key_prefix}stage.curriculum")
 
     def _own_vocabulary(self, entry: LoadedEntry) -> int | None:
         stage = entry.config.stage

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from nanotrain.checkpoint.hf_folder import load_config
 from nanotrain.config.stage import PretrainConfig
+from nanotrain.data.blend_folder import check_caps, check_sources, expand_parts
 from nanotrain.data.loader import PretrainLoader
 from nanotrain.engines import build_engine
 from nanotrain.losses.language_modeling import CrossEntropy
@@ -30,12 +31,14 @@ def pretrain(config: PretrainConfig, run: Run) -> Path:
     data = run.inputs["data_from"]
     architecture = load_config(run.inputs["architecture_from"]) if config.architecture_from else config.model
     check_vocabulary(architecture, data, "stage.model")
+    check_sources(config.curriculum, data, "stage.curriculum")
     model = HybridModel(architecture)
     model.init_weights(derived_seed(run.seed, "weights"))
     engine = build_engine(run.engine, model, config.training)
     loader = PretrainLoader(
-        data, config.curriculum, config.training, run.seed, dp_rank=engine.dp_rank, dp_size=engine.dp_size
+        data, expand_parts(config.curriculum, data), config.training, run.seed, dp_rank=engine.dp_rank, dp_size=engine.dp_size
     )
+    check_caps(config.curriculum, loader.epochs(), "stage.curriculum")
     evaluate = held_out_callback(engine, data, config.training)
     summary = train(engine, loader, CrossEntropy(), config.training, run, evaluate)
     return save_trained(
