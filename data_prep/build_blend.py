@@ -41,9 +41,7 @@ def epochs_table(curriculum: Curriculum, total_tokens: int) -> list[str]:
         shared = len(curriculum.pools[one.pool].sources) > 1 if one.pool else False
         size = f"{one.pool_tokens / 1e9:,.1f}" + (" together" if shared else "") if one.pool else "not known"
         epochs = f"{one.epochs:.2f}" if one.pool else "-"
-        lines.append(
-            f"| {one.name} | {shares} | {one.tokens / 1e9:,.0f} | {size} | {epochs} | {one.max_epochs:g} |"
-        )
+        lines.append(f"| {one.name} | {shares} | {one.tokens / 1e9:,.0f} | {size} | {epochs} | {one.max_epochs:g} |")
     check_epochs(
         {one.name: one.epochs for one in planned if one.pool},
         curriculum_caps(curriculum.recipe_phases()),
@@ -72,7 +70,9 @@ def build(options: argparse.Namespace) -> str:
             f" {row['epochs']:8.3f} epochs in {len(row['part_tokens'])} shards"
         )
     if options.dry_run:
-        return "\n".join([*lines, f"would link {sum(len(row['part_tokens']) for row in rows)} shards into {options.output}"])
+        return "\n".join(
+            [*lines, f"would link {sum(len(row['part_tokens']) for row in rows)} shards into {options.output}"]
+        )
     if options.output is None or options.tokenizer is None:
         raise UserError("`--output` and `--tokenizer` are needed to build; `--dry-run` only shows the table.")
     build_blend_folder(rows, curriculum, options.tokenizer, options.output)
@@ -88,7 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer that made the shards")
     parser.add_argument("--output", type=Path, help="the blend's data folder")
     parser.add_argument("--tokens", type=int, default=0, help="length of the run; default: the curriculum's")
-    parser.add_argument("--epochs", action="store_true", help="print the table of epochs from published sizes, and stop")
+    parser.add_argument(
+        "--epochs", action="store_true", help="print the table of epochs from published sizes, and stop"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print shares, tokens and epochs, and stop")
     options = parser.parse_args(arguments)
     return run(lambda: build(options))

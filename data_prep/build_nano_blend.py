@@ -63,7 +63,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.dry_run:
             lines = plan(cache_folder().parent)
             size = 300 * options.scale
-            print("\n".join([*lines, f"about {size:.0f} MB of text and {size * 1.2:.0f} MB of shards in {options.output}"]))
+            print(
+                "\n".join(
+                    [*lines, f"about {size:.0f} MB of text and {size * 1.2:.0f} MB of shards in {options.output}"]
+                )
+            )
             return 0
         print(build(options))
     except UserError as error:

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from data_prep.program import run, size
 from nanotrain.data.deduplication import DedupSettings, KeptRecords, choose_bands, find_duplicates, save_signatures
@@ -22,6 +23,10 @@ from nanotrain.data.manifest import write_manifest
 from nanotrain.data.record_shards import ROWS_PER_FILE, identity, write_parquet, write_shards
 from nanotrain.runtime.files import file_digest, remove_leftovers
 from nanotrain.runtime.progress import Progress
+
+_DROPPED = pa.schema(
+    [("record", pa.int64()), ("kept_record", pa.int64()), ("similarity", pa.float32()), ("exact", pa.bool_())]
+)
 
 
 def deduplicate(options: argparse.Namespace) -> str:
@@ -43,12 +48,17 @@ def deduplicate(options: argparse.Namespace) -> str:
     digests = {Path(file).name: file_digest(Path(file)) for file in files}
     key = identity(digests, json.loads(json.dumps(asdict(settings))), options.text_key, options.rows_per_file)
     source = LocalRecords(files, "`--input`", (options.text_key,))
-    duplicates = find_duplicates(
-        save_signatures(source, options.text_key, settings, work, progress, key), settings
-    )
+    duplicates = find_duplicates(save_signatures(source, options.text_key, settings, work, progress, key), settings)
     kept = KeptRecords(source, duplicates.kept)
     done = write_shards(
-        options.output, "records", kept, progress, key, rows_per_file=options.rows_per_file, total_rows=int(duplicates.kept.sum())
+        options.output,
+        "records",
+        kept,
+        progress,
+        key,
+        rows_per_file=options.rows_per_file,
+        total_rows=int(duplicates.kept.sum()),
+        schema=source.schema,
     )
     dropped = np.flatnonzero(~duplicates.kept)
     columns = (dropped, duplicates.kept_as[dropped], duplicates.similarity[dropped], duplicates.exact[dropped])
@@ -56,10 +66,15 @@ def deduplicate(options: argparse.Namespace) -> str:
         {"record": int(number), "kept_record": int(other), "similarity": float(alike), "exact": bool(exact)}
         for number, other, alike, exact in zip(*columns, strict=True)
     ]
-    write_parquet(options.output / "dropped.parquet", report)
+    write_parquet(options.output / "dropped.parquet", report, _DROPPED)
     counts = duplicates.counts()
     sources = [{"name": name, "sha256": digest} for name, digest in digests.items()]
-    content = {"kind": "records", "sources": sources, "settings": asdict(settings), "counts": counts | dict(done.counts)}
+    content = {
+        "kind": "records",
+        "sources": sources,
+        "settings": asdict(settings),
+        "counts": counts | dict(done.counts),
+    }
     write_manifest(options.output, content, [*done.files, "dropped.parquet"])
     return (
         f"{counts['records']:,} records: {counts['kept']:,} kept, {counts['exact_duplicates']:,} exact and"

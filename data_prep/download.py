@@ -48,19 +48,28 @@ def fetch_component(options: argparse.Namespace) -> str:
     names = select_subsets(component, options.subset)
     if options.input:
         if len(names) != 1:
-            raise UserError(f"`--input` replaces one subset's files, but {len(names)} are selected; add `--subset NAME`.")
+            raise UserError(
+                f"`--input` replaces one subset's files, but {len(names)} are selected; add `--subset NAME`."
+            )
         component.subsets[names[0]].local_files = options.input
     if options.max_rows < 0 or options.rows_per_file < 1:
         raise UserError("`--max-rows` must be at least 0 and `--rows-per-file` at least 1.")
     if options.dry_run:
         lines, total = [], 0.0
         for name, where, rows, tokens, num_bytes in estimate(component, names):
-            shown = [f"{rows:,} rows" if rows else "rows unknown", f"{tokens / 1e9:,.1f}B tokens" if tokens else "tokens unknown"]
-            lines.append(f"{name:<34} {where:<44} {shown[0]:<20} {shown[1]:<20} {size(num_bytes) if num_bytes else '?'}")
+            shown = [
+                f"{rows:,} rows" if rows else "rows unknown",
+                f"{tokens / 1e9:,.1f}B tokens" if tokens else "tokens unknown",
+            ]
+            lines.append(
+                f"{name:<34} {where:<44} {shown[0]:<20} {shown[1]:<20} {size(num_bytes) if num_bytes else '?'}"
+            )
             total += num_bytes
         unknown = sum(not line[4] for line in estimate(component, names))
         rest = f", {unknown} of unknown size" if unknown else ""
-        return "\n".join([*lines, f"about {size(total)} of text{rest} to {options.output}; licence: {component.licence}"])
+        return "\n".join(
+            [*lines, f"about {size(total)} of text{rest} to {options.output}; licence: {component.licence}"]
+        )
     if options.output is None:
         raise UserError("`--output` is missing; name the folder for the records.")
     rows = write_component(

@@ -11,6 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+
 from data_prep.program import run, size
 from nanotrain.config.errors import UserError
 from nanotrain.config.sources import ComponentConfig, RecordForm, load_component
@@ -37,6 +39,13 @@ def references_of(options: argparse.Namespace) -> tuple[ComponentConfig, str]:
     return component, names[0]
 
 
+def with_text(schema: pa.Schema | None) -> pa.Schema | None:
+    """Return the schema of references with the content beside them."""
+    if schema is None or "text" in schema.names:
+        return schema
+    return schema.append(pa.field("text", pa.string()))
+
+
 def fetch(options: argparse.Namespace) -> str:
     """Fetch and write; return a line about the result."""
     component, name = references_of(options)
@@ -60,6 +69,7 @@ def fetch(options: argparse.Namespace) -> str:
         rows_per_file=options.rows_per_file,
         max_rows=options.max_rows,
         total_rows=component.subsets[name].published_rows,
+        schema=with_text(stream.schema),
         counts=contents.counts,
     )
     licence = component.subsets[name].licence_column or "as each repository states it"
@@ -81,7 +91,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--attempts", type=int, default=defaults.attempts)
     parser.add_argument("--pause-seconds", type=float, default=defaults.pause_seconds)
     parser.add_argument("--timeout-seconds", type=float, default=defaults.timeout_seconds)
-    parser.add_argument("--max-bytes", type=int, default=defaults.max_bytes, help="larger files are counted and left out")
+    parser.add_argument(
+        "--max-bytes", type=int, default=defaults.max_bytes, help="larger files are counted and left out"
+    )
     parser.add_argument("--max-failed", type=int, default=defaults.max_failed)
     parser.add_argument("--max-rows", type=int, default=0, help="files with content; 0 = all")
     parser.add_argument("--rows-per-file", type=int, default=5000)

@@ -42,7 +42,9 @@ def component_of(options: argparse.Namespace) -> tuple[ComponentConfig, list[str
             raise UserError(f"`{name}` of {component.hub_id} holds no conversations (its form is not `messages`).")
     if options.input:
         if len(names) != 1:
-            raise UserError(f"`--input` replaces one subset's files, but {len(names)} are selected; add `--subset NAME`.")
+            raise UserError(
+                f"`--input` replaces one subset's files, but {len(names)} are selected; add `--subset NAME`."
+            )
         component.subsets[names[0]].local_files = options.input
     return component, names
 
@@ -51,7 +53,9 @@ def load_prompts(files: list[str]) -> dict[str, str]:
     """Return uuid -> prompt of files of records."""
     if not files:
         return {}
-    return {record["uuid"]: record["prompt"] for record in LocalRecords(files, "`--prompts`", ("uuid", "prompt")).records()}
+    return {
+        record["uuid"]: record["prompt"] for record in LocalRecords(files, "`--prompts`", ("uuid", "prompt")).records()
+    }
 
 
 def prepare(options: argparse.Namespace) -> str:
@@ -61,10 +65,16 @@ def prepare(options: argparse.Namespace) -> str:
         raise UserError(f"`--validation-fraction` ({options.validation_fraction}) must lie between 0 and 0.5.")
     if options.dry_run:
         rows = {name: options.max_rows or component.subsets[name].published_rows for name in names}
-        lines = [f"{name:<32} {count:>14,} rows" if count else f"{name:<32} rows unknown" for name, count in rows.items()]
-        return "\n".join([*lines, f"{sum(rows.values()):,} rows to {options.output}/chat; licence: {component.licence}"])
+        lines = [
+            f"{name:<32} {count:>14,} rows" if count else f"{name:<32} rows unknown" for name, count in rows.items()
+        ]
+        return "\n".join(
+            [*lines, f"{sum(rows.values()):,} rows to {options.output}/chat; licence: {component.licence}"]
+        )
     if not (options.tokenizer / "tokenizer.json").is_file():
-        raise MissingInputError(f"`{options.tokenizer}/tokenizer.json` is missing; `--tokenizer` names a tokenizer folder.")
+        raise MissingInputError(
+            f"`{options.tokenizer}/tokenizer.json` is missing; `--tokenizer` names a tokenizer folder."
+        )
     work = options.output / "work"
     work.mkdir(parents=True, exist_ok=True)
     for folder in (options.output, work, options.output / "chat"):
@@ -74,11 +84,17 @@ def prepare(options: argparse.Namespace) -> str:
     for name in names:
         done, where = _convert(component, name, work, progress, prompts, options)
         parts += [work / file for file in done.files]
-        counts = {key: done.counts[key] for key in ("records", "rows", "with_trace", "with_tool_calls", "held_out", *SKIPPED)}
+        counts = {
+            key: done.counts[key] for key in ("records", "rows", "with_trace", "with_tool_calls", "held_out", *SKIPPED)
+        }
         sources.append({"name": name, "from": where, "licence": component.licence, **counts})
-    totals = {key: sum(source[key] for source in sources) for key in ("records", "rows", "with_trace", "held_out", *SKIPPED)}
+    totals = {
+        key: sum(source[key] for source in sources) for key in ("records", "rows", "with_trace", "held_out", *SKIPPED)
+    }
     if not totals["rows"]:
-        raise UserError(f"none of the {totals['records']:,} records can be trained on; see the counts in {options.output}.")
+        raise UserError(
+            f"none of the {totals['records']:,} records can be trained on; see the counts in {options.output}."
+        )
     files = _finish(parts, options)
     chat = {"train_rows": totals["rows"] - totals["held_out"], "validation_rows": totals["held_out"]}
     digest = file_digest(options.tokenizer / "tokenizer.json")
@@ -86,11 +102,18 @@ def prepare(options: argparse.Namespace) -> str:
         options.output, {"kind": "chat", "tokenizer_digest": digest, "sources": sources, "chat": chat}, files
     )
     skipped = ", ".join(f"{totals[key]:,} {key}" for key in SKIPPED if totals[key]) or "none"
-    return f"{totals['rows']:,} of {totals['records']:,} rows, {totals['with_trace']:,} with a trace; left out: {skipped}"
+    return (
+        f"{totals['rows']:,} of {totals['records']:,} rows, {totals['with_trace']:,} with a trace; left out: {skipped}"
+    )
 
 
 def _convert(
-    component: ComponentConfig, name: str, work: Path, progress: Progress, prompts: dict[str, str], options: argparse.Namespace
+    component: ComponentConfig,
+    name: str,
+    work: Path,
+    progress: Progress,
+    prompts: dict[str, str],
+    options: argparse.Namespace,
 ) -> tuple[ShardSet, str]:
     stream, subset = open_records(component, name), component.subsets[name]
     records = ChatRecords(
@@ -148,7 +171,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--component", default="nemotron_post_training_dataset_v2", help="name, or a component's file")
     parser.add_argument("--subset", action="append", default=[], help="only this subset; may be repeated")
     parser.add_argument("--input", action="append", default=[], help="local files of one subset instead of the hub")
-    parser.add_argument("--prompts", action="append", default=[], help="records with uuid and prompt, for empty prompts")
+    parser.add_argument(
+        "--prompts", action="append", default=[], help="records with uuid and prompt, for empty prompts"
+    )
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer folder of the model to be trained")
     parser.add_argument("--output", type=Path, required=True, help="data folder")
     parser.add_argument("--validation-fraction", type=float, default=0.01, help="share of prompts held out")

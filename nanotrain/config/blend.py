@@ -176,9 +176,13 @@ def load_curriculum(name: str | Path) -> Curriculum:
             raise UserError(f"`pools.{pool}.tokens` ({one.tokens}) in {shown_path(file)} must be at least 1.")
         for source in one.sources:
             if source not in names:
-                raise UserError(f"`pools.{pool}.sources` names `{source}`, which no blend has; {nearest(source, names)}")
+                raise UserError(
+                    f"`pools.{pool}.sources` names `{source}`, which no blend has; {nearest(source, names)}"
+                )
             if source in owner:
-                raise UserError(f"`pools.{pool}.sources` names `{source}`, which is in `pools.{owner[source]}` already.")
+                raise UserError(
+                    f"`pools.{pool}.sources` names `{source}`, which is in `pools.{owner[source]}` already."
+                )
             owner[source] = pool
     return curriculum
 

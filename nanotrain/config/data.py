@@ -62,9 +62,7 @@ def names_a_folder(value: str) -> bool:
     return "/" in value or value.startswith((".", "~"))
 
 
-def validate_curriculum(
-    phases: list[PhaseConfig], path: str, sources: tuple[str, ...] | None = CATEGORIES
-) -> None:
+def validate_curriculum(phases: list[PhaseConfig], path: str, sources: tuple[str, ...] | None = CATEGORIES) -> None:
     """Raise UserError unless phases rise to 1.0 and every weight is finite, positive in sum, and of a known source.
 
     Args:
@@ -86,7 +84,9 @@ def validate_curriculum(
                 raise UserError(f"`{path}[{i}].weights.{name}` ({weight}) must be a finite number of at least 0.")
         for name, cap in phase.max_epochs.items():
             if name not in phase.weights:
-                raise UserError(f"`{path}[{i}].max_epochs.{name}` caps what is no source; {nearest(name, phase.weights)}")
+                raise UserError(
+                    f"`{path}[{i}].max_epochs.{name}` caps what is no source; {nearest(name, phase.weights)}"
+                )
             if not math.isfinite(cap) or cap <= 0:
                 raise UserError(f"`{path}[{i}].max_epochs.{name}` ({cap}) must be a finite number above 0.")
         if not sum(phase.weights.values()) > 0:

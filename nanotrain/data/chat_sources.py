@@ -46,7 +46,7 @@ def _tool_calls(calls: Any) -> list[dict[str, Any]]:
         calls = json.loads(calls) if calls.strip() else []
     kept = []
     for call in calls or []:
-        function = call["function"] if "function" in call and call["function"] else call
+        function = call["function"] if call.get("function") else call
         kept.append({"name": function["name"], "arguments": function["arguments"]})
     return kept
 
@@ -112,7 +112,7 @@ def chat_row(record: Record, messages_column: str, licence: str, prompts: Mappin
         raise Skip("no_reply")
     messages = [_message(message, number == len(given) - 1) for number, message in enumerate(given)]
     messages = [m for m in messages if m["role"] != "system" or m["content"].strip()]
-    metadata = {name: record[name] for name in _KEPT_COLUMNS if name in record and record[name]}
+    metadata = {name: record[name] for name in _KEPT_COLUMNS if record.get(name)}
     metadata |= {"licence": licence, "family": f"prompt:{unit_hash(first_user['content'], 'prompt'):.15f}"}
     tools = _tools(record["metadata"]) if "metadata" in record else []
     if tools:

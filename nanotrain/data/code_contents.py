@@ -110,7 +110,9 @@ class CodeContents:
                         if reference is None:
                             exhausted = True
                             break
-                        pending.append((reference, self._references.state(), pool.submit(self._fetch, client, reference)))
+                        pending.append(
+                            (reference, self._references.state(), pool.submit(self._fetch, client, reference))
+                        )
                     if not pending:
                         break
                     reference, after, answer = pending.popleft()
@@ -180,4 +182,3 @@ def _decoded(body: bytes) -> tuple[str, str, None]:
         return "fetched", body.decode("utf-8"), None
     except UnicodeDecodeError:
         return "not_utf8", "", None
-

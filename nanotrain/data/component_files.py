@@ -75,6 +75,7 @@ def write_component(
             rows_per_file=rows_per_file,
             max_rows=max_rows,
             total_rows=component.subsets[name].published_rows,
+            schema=stream.schema,
         )
         files += done.files
         subset = component.subsets[name]

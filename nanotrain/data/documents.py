@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from nanotrain.config.errors import UserError
 
+
 @dataclass(frozen=True)
 class Document:
     """One text.

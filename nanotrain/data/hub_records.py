@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 import httpx
 import pyarrow as pa
-from datasets.exceptions import DatasetNotFoundError, DatasetGenerationError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from nanotrain.config.errors import MissingInputError, UserError, nearest
@@ -40,7 +40,7 @@ def expand_files(patterns: list[str], what: str) -> list[str]:
     """
     files = []
     for pattern in patterns:
-        found = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
+        found = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))  # noqa: PTH207 - may be absolute
         if not found:
             raise MissingInputError(f"`{pattern}` ({what}) matches no file; correct the path or pattern.")
         files += found
@@ -54,7 +54,9 @@ def _builder(file: str) -> str:
     path = Path(file)
     suffix = Path(path.stem).suffix if path.suffix in _COMPRESSIONS else path.suffix
     if suffix not in _BUILDERS:
-        raise UserError(f"`{file}` is not a kind of file that holds records; name *.parquet or *.jsonl (also .gz, .zst).")
+        raise UserError(
+            f"`{file}` is not a kind of file that holds records; name *.parquet or *.jsonl (also .gz, .zst)."
+        )
     return _BUILDERS[suffix]
 
 
@@ -67,6 +69,10 @@ class _Stream:
     def __init__(self, dataset: datasets.IterableDataset, name: str, where: str) -> None:
         self._dataset, self._name, self.where = dataset, name, where
         self._start = dataset.state_dict()
+        self.schema: pa.Schema | None = (
+            None if dataset.features is None else dataset.features.arrow_schema.remove_metadata()
+        )
+        """Of the records, where they are known."""
 
     def records(self, state: State | None = None) -> Iterator[Record]:
         """Yield records, all of them or those after `state`.
@@ -114,7 +120,9 @@ class LocalRecords(_Stream):
         dataset = open_local(files, what)
         for column in needed:
             if column not in (dataset.features or {}):
-                raise UserError(f"{what} ({files[0]}) has no column `{column}`; {nearest(column, dataset.features or ['none'])}")
+                raise UserError(
+                    f"{what} ({files[0]}) has no column `{column}`; {nearest(column, dataset.features or ['none'])}"
+                )
         super().__init__(dataset, what, ", ".join(files))
 
 
@@ -146,8 +154,16 @@ def open_local(patterns: list[str], what: str) -> datasets.IterableDataset:
     try:
         dataset = datasets.load_dataset(_builder(files[0]), data_files={"train": files}, split="train", streaming=True)
         return dataset if dataset.features is not None else dataset._resolve_features()
-    except (pa.ArrowException, DatasetGenerationError, datasets.exceptions.DatasetGenerationCastError, ValueError, OSError) as error:
-        raise UserError(f"{what} ({files[0]}) cannot be read as records ({_reason(error)}); replace the file.") from None
+    except (
+        pa.ArrowException,
+        DatasetGenerationError,
+        datasets.exceptions.DatasetGenerationCastError,
+        ValueError,
+        OSError,
+    ) as error:
+        raise UserError(
+            f"{what} ({files[0]}) cannot be read as records ({_reason(error)}); replace the file."
+        ) from None
 
 
 def _open_hub(component: ComponentConfig, subset: SubsetConfig) -> datasets.IterableDataset:

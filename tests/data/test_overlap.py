@@ -45,7 +45,9 @@ def test_overlap_sees_a_copied_page():
 
 def test_the_report_sums_by_source_and_shows_what_a_random_split_would_leak():
     pieces = [(number, " ".join(f"{number}w{i // 2 * 2}" for i in range(60))) for number in range(30)]
-    documents = [Document(f"{text} end {copy}", f"page {n}", "odd" if n % 2 else "even") for n, text in pieces for copy in (0, 1)]
+    documents = [
+        Document(f"{text} end {copy}", f"page {n}", "odd" if n % 2 else "even") for n, text in pieces for copy in (0, 1)
+    ]
     train = [d for d in documents if int(d.family.split()[1]) >= 4]
     validation = [d for d in documents if int(d.family.split()[1]) < 4]
     report = overlap_report(train, validation)

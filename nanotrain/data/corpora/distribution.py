@@ -45,7 +45,9 @@ def _texts(reader: PackageReader, files: Files) -> Iterator[tuple[str, str]]:
             yield member, text
 
 
-def pages(source: str, files: Files, *, clean: Callable[[str], str] = str, family: str = "", strip: str = "") -> Extract:
+def pages(
+    source: str, files: Files, *, clean: Callable[[str], str] = str, family: str = "", strip: str = ""
+) -> Extract:
     """Return an extractor of pages, cut into pieces; the family is the page.
 
     Args:

@@ -12,7 +12,9 @@ MAX_CHARACTERS = 12_000
 """Longer texts are cut at a paragraph border: a page of a manual, not a book, is a document."""
 MIN_CHARACTERS = 120
 
-_INVISIBLE = re.compile(r"<(script|style|nav|head|svg|header|footer|noscript|info)\b.*?</\1\s*>|<!--.*?-->", re.S | re.I)
+_INVISIBLE = re.compile(
+    r"<(script|style|nav|head|svg|header|footer|noscript|info)\b.*?</\1\s*>|<!--.*?-->", re.S | re.I
+)
 _BLOCK = re.compile(
     r"</?(?:p|div|br|li|ul|ol|dl|dt|dd|tr|table|h[1-6]|pre|section|article|blockquote|hr|title|item|steps|note)\b[^>]*>",
     re.I,
@@ -51,7 +53,9 @@ _ROFF_NAMES = {"\\(bu": "*", "\\(aq": "'", "\\(dq": '"', "\\(em": "-", "\\(en": 
 _ROFF_NAMES |= {"\\(lq": '"', "\\(rq": '"', "\\(oq": "'", "\\(cq": "'", "\\e": "\\", "\\ ": " ", "\\~": " ", "\\'": "'"}
 _ROFF_NAME = re.compile("|".join(re.escape(name) for name in sorted(_ROFF_NAMES, key=len, reverse=True)))
 _ROFF_LONG_NAME = re.compile(r"\\\[u([0-9A-Fa-f]{4,6})\]|\\\(([a-z]{2})|\\\[[^\]]*\]")
-_ROFF_FONT = re.compile(r"^\.\s*(?:B|I|BR|RB|IR|RI|BI|IB|SM|SB|IP|TP|LP|PP|P|TQ|Nm|Fl|Ar|Pa|Xr|Nd|Cm|Op|Sh|It|Dv|Em|Li)\b ?(.*)$")
+_ROFF_FONT = re.compile(
+    r"^\.\s*(?:B|I|BR|RB|IR|RI|BI|IB|SM|SB|IP|TP|LP|PP|P|TQ|Nm|Fl|Ar|Pa|Xr|Nd|Cm|Op|Sh|It|Dv|Em|Li)\b ?(.*)$"
+)
 _ROFF_HEADING = re.compile(r"^\.\s*S[HSs]\b ?(.*)$")
 
 
@@ -59,7 +63,7 @@ def man_text(roff: str) -> str:
     """Return the words of a manual page: headings, paragraphs and font macros; tables and definitions are dropped."""
     lines = []
     for line in roff.splitlines():
-        if line.startswith(("'\\\"", ".\\\"", '\'"', "'\\")):
+        if line.startswith(("'\\\"", '.\\"', "'\"", "'\\")):
             continue
         heading, font = _ROFF_HEADING.match(line), _ROFF_FONT.match(line)
         if heading:
