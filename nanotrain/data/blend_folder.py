@@ -163,6 +163,8 @@ def _link(prefix: Path, folder: Path, name: str) -> list[str]:
     """Link both files of a shard into the folder and return their names there."""
     names = []
     for original in shard_files(prefix):
+        if not original.is_file():
+            raise MissingInputError(f"`{original}` is gone since the blend was planned; run the same command again.")
         target = folder / f"{name}{original.suffix}"
         target.parent.mkdir(parents=True, exist_ok=True)
         try:

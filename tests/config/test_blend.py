@@ -99,7 +99,9 @@ def write_recipe(folder, curriculum, **stage):
 
 
 def test_a_recipe_takes_weights_and_caps_from_a_blend_beside_it(tmp_path):
-    (tmp_path / "b.yaml").write_text("sources: {a: {weight: 3, max_epochs: 4, origin: chosen}, c: {weight: 1, origin: chosen}}")
+    (tmp_path / "b.yaml").write_text(
+        "sources: {a: {weight: 3, max_epochs: 4, origin: chosen}, c: {weight: 1, origin: chosen}}"
+    )
     phases = [{"until": 0.5, "blend": "b.yaml"}, {"until": 1.0, "blend": "nemotron_nano_v2/phase_3"}]
     entry = load_recipe(write_recipe(tmp_path, phases)).entries[0]
     first, second = entry.config.stage.curriculum

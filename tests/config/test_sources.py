@@ -35,7 +35,12 @@ def test_released_tokens_are_those_of_the_card():
     """6,585.8 billion tokens in all, besides the code that is only named."""
     total = sum(
         subset.published_tokens
-        for name in ("nemotron_cc_v2", "nemotron_cc_math_v1", "nemotron_pretraining_code_v1", "nemotron_pretraining_sft_v1")
+        for name in (
+            "nemotron_cc_v2",
+            "nemotron_cc_math_v1",
+            "nemotron_pretraining_code_v1",
+            "nemotron_pretraining_sft_v1",
+        )
         for subset in load_component(name).subsets.values()
         if subset.form is RecordForm.text
     )

@@ -17,7 +17,13 @@ from nanotrain.data.hub_records import expand_files, open_records
 
 NAMES = sorted(file.stem for file in (package_folder("configs") / COMPONENTS_FOLDER).glob("*.yaml"))
 SUBSETS = [(name, subset) for name in NAMES for subset in load_component(name).subsets]
-CALL = pa.struct([("id", pa.string()), ("type", pa.string()), ("function", pa.struct([("name", pa.string()), ("arguments", pa.string())]))])
+CALL = pa.struct(
+    [
+        ("id", pa.string()),
+        ("type", pa.string()),
+        ("function", pa.struct([("name", pa.string()), ("arguments", pa.string())])),
+    ]
+)
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.list_(CALL))])
 SCORES = ("finemath_int_scores", "finemath_scores", "nemocurator_int_scores", "nemocurator_scores")
 METADATA = pa.struct(
@@ -117,7 +123,9 @@ def test_what_cannot_be_read_is_one_sentence(component, tmp_path):
     pq.write_table(pa.table({"content": ["a"]}), tmp_path / "other.parquet")
     refused(component, [tmp_path / "other.parquet"], "has no column `text`; ")
     pq.write_table(pa.table({"text": [1]}), tmp_path / "number.parquet")
-    refused(component, [tmp_path / "number.parquet"], "column `text` of .* is int64, but the component's file says string")
+    refused(
+        component, [tmp_path / "number.parquet"], "column `text` of .* is int64, but the component's file says string"
+    )
     with pytest.raises(UserError, match="did you mean 'cc_v2_diverse_qa'"):
         open_records(component, "cc_v2_diverse")
     assert expand_files([str(whole)], "x") == [str(whole)]
@@ -141,7 +149,7 @@ class Gate(http.server.BaseHTTPRequestHandler):
         """Be silent."""
 
 
-@pytest.mark.parametrize("token", ["", "hf_abc"])
+@pytest.mark.parametrize("token", ["", pytest.param("hf_abc", marks=pytest.mark.slow)])
 def test_a_gated_set_says_where_to_ask_and_which_variable_to_set(token, tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Gate)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -149,7 +157,15 @@ def test_a_gated_set_says_where_to_ask_and_which_variable_to_set(token, tmp_path
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
     environment |= {"HF_TOKEN": token} if token else {}
-    command = [sys.executable, "-m", "data_prep.download", "--component", "nemotron_cc_v2", "--subset", "cc_v2_diverse_qa"]
+    command = [
+        sys.executable,
+        "-m",
+        "data_prep.download",
+        "--component",
+        "nemotron_cc_v2",
+        "--subset",
+        "cc_v2_diverse_qa",
+    ]
     done = subprocess.run(
         [*command, "--output", str(tmp_path / "out")], env=environment, capture_output=True, text=True, check=False,
         cwd=Path(__file__).parents[2],

