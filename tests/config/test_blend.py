@@ -13,10 +13,21 @@ from nanotrain.planning.repetition import plan_repetition
 
 BLENDS = package_folder("configs") / "data" / "blends"
 CURRICULA = sorted(BLENDS.rglob("curriculum.yaml"))
-THIRTEEN = (
-    "crawl_medium crawl_medium_high crawl_high crawl_synthetic math wikipedia code academic crawl_plus_plus multilingual"
-    " general_sft stem_sft code_sft"
-).split()
+THIRTEEN = [
+    "crawl_medium",
+    "crawl_medium_high",
+    "crawl_high",
+    "crawl_synthetic",
+    "math",
+    "wikipedia",
+    "code",
+    "academic",
+    "crawl_plus_plus",
+    "multilingual",
+    "general_sft",
+    "stem_sft",
+    "code_sft",
+]
 
 
 @pytest.mark.parametrize("file", CURRICULA, ids=lambda file: file.parent.name)

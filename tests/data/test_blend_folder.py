@@ -101,7 +101,7 @@ def test_the_loader_reads_the_folder_and_realises_the_weights(blend):
 
 
 def test_caps_are_enforced_when_the_blend_is_built_and_again_before_training(tmp_path, shards, blend):
-    folder, curriculum, _ = blend
+    _folder, curriculum, _ = blend
     with pytest.raises(UserError, match=r"1,000 tokens of this blend would repeat `rare` 4.17 times, its cap is 4"):
         plan_blend(curriculum_file(tmp_path, cap=4.0), shards, 1000)
     with pytest.raises(
@@ -112,7 +112,7 @@ def test_caps_are_enforced_when_the_blend_is_built_and_again_before_training(tmp
 
 
 def test_a_changed_shard_is_refused_by_the_loader(blend, shards):
-    folder, curriculum, _ = blend
+    folder, _curriculum, _ = blend
     content = bytearray((shards / "crawl/train.bin").read_bytes())
     content[7] ^= 1
     (shards / "crawl/train.bin").write_bytes(bytes(content))

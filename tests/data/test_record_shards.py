@@ -1,3 +1,4 @@
+import contextlib
 import errno
 from pathlib import Path
 
@@ -32,10 +33,8 @@ def test_interrupted_runs_end_in_the_same_bytes(tmp_path_factory, count, each, s
     whole, broken = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("broken")
     done = write(whole, ListSource(rows_of(count)), rows_per_file=each)
     for stop in stops:
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             write(broken, ListSource(rows_of(count), stop), rows_per_file=each)
-        except KeyboardInterrupt:
-            pass
     again = write(broken, ListSource(rows_of(count)), rows_per_file=each)
     assert folder_digest(whole / "out") == folder_digest(broken / "out")
     assert (done.files, done.counts) == (again.files, again.counts)

@@ -51,10 +51,7 @@ def test_a_file_in_another_encoding_is_left_out():
 
 def test_projects_are_families_of_code():
     reader = Reader(
-        {
-            name: LONG
-            for name in ("src/net/http/a.go", "src/net/http/b.go", "src/net/c.go", "src/top.go", "src/x_test.go")
-        }
+        dict.fromkeys(("src/net/http/a.go", "src/net/http/b.go", "src/net/c.go", "src/top.go", "src/x_test.go"), LONG)
     )
     found = list(code("go", Files("src/", (".go",), r"_test\.go$"), depth=2)(reader))
     assert {d.family for d in found} == {"go:net/http", "go:net/c", "go:top"}
