@@ -19,6 +19,9 @@ from nanotrain.data.wheels import cache_folder
 from nanotrain.runtime.files import remove_leftovers
 from nanotrain.runtime.progress import Progress
 
+MAX_VALIDATION_OVERLAP = 0.2
+"""Held-out documents of which training text holds more are left out: pages that a manual prints twice, licence texts."""
+
 
 def plan(cache: Path) -> list[str]:
     """Return one line a package (cached, corrupt or to be fetched), and a last line with the sum."""
@@ -37,7 +40,7 @@ def build(options: argparse.Namespace) -> str:
     """Fetch and build; return a line about the result."""
     if not 0 < options.scale <= 1:
         raise UserError(f"`--scale` ({options.scale}) must lie in (0, 1]; 1 is the whole set.")
-    config = CorpusConfig(vocab_size=options.vocab_size)
+    config = CorpusConfig(vocab_size=options.vocab_size, max_validation_overlap=MAX_VALIDATION_OVERLAP)
     config.validate("--")
     sources = scaled(options.scale)
     files = ensure_packages(PACKAGES, cache_folder().parent)

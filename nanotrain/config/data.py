@@ -24,6 +24,8 @@ class CorpusConfig:
     """Tokens of the tokenizer, made of the first ranks of a published byte-level BPE."""
     validation_fraction: float = 0.06
     """Share of document families (pages, projects, templates) held out; never a random share of documents."""
+    max_validation_overlap: float = 1.0
+    """A held-out document that shares more than this part of its 13-word windows with training text is left out."""
     max_bytes_per_category: int = 0
     """Cap on the text of each category, for short runs; 0 = all of it."""
     num_chat_rows: int = 12000
@@ -33,6 +35,8 @@ class CorpusConfig:
     def validate(self, path: str) -> None:
         if not 0 < self.validation_fraction < 0.5:
             raise UserError(f"`{path}.validation_fraction` ({self.validation_fraction}) must lie between 0 and 0.5.")
+        if not 0 <= self.max_validation_overlap <= 1:
+            raise UserError(f"`{path}.max_validation_overlap` ({self.max_validation_overlap}) must lie in [0, 1].")
         if self.vocab_size < 1280 or self.vocab_size > 131072:
             raise UserError(
                 f"`{path}.vocab_size` ({self.vocab_size}) must lie between 1280 (1000 specials, 256 bytes and a few"

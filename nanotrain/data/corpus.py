@@ -168,6 +168,12 @@ class CorpusBuilder:
     def _build_category(self, category: str) -> dict[str, Any]:
         documents, dropped = self._documents(category)
         train, validation = split_by_family(documents, self._config.validation_fraction)
+        overlap, validation = overlap_report(train, validation, self._config.max_validation_overlap)
+        if not validation:
+            raise UserError(
+                f"every held-out document of `{category}` shares more than `max_validation_overlap`"
+                f" ({self._config.max_validation_overlap}) of its 13-word windows with training text; raise it."
+            )
         encoder = CorpusEncoder(self._folder / "tokenizer")
         sources: dict[str, dict[str, int]] = {}
         numbers: dict[str, Any] = {}
@@ -184,7 +190,6 @@ class CorpusBuilder:
             writer.finish()
             numbers |= {f"{split}_tokens": total, f"{split}_documents": len(side)}
             numbers[f"{split}_families"] = len({document.family for document in side})
-        overlap = overlap_report(train, validation)
         return numbers | {
             "bytes": sum(count["bytes"] for count in sources.values()),
             "duplicates_removed": dropped,

@@ -130,7 +130,11 @@ def _web() -> Iterator[Source]:
         "postgresql", "web", "postgresql-doc-15", pages("postgresql", Files(f"{_DOC}postgresql-doc-15/html/", (".html",)), clean=html_text), 6
     )  # fmt: skip
     yield _source(
-        "sqlite", "web", "sqlite3-doc", pages("sqlite", Files(f"{_DOC}sqlite3/", (".html",)), clean=html_text), 6
+        "sqlite",
+        "web",
+        "sqlite3-doc",
+        pages("sqlite", Files(f"{_DOC}sqlite3/", (".html",), r"requirements|crossref"), clean=html_text),
+        6,
     )
     yield _source(
         "cppreference", "web", "cppreference-doc-en-html", pages("cppreference", Files("usr/share/cppreference/doc/html/en/", (".html",)), clean=html_text), 6
@@ -179,7 +183,7 @@ def _math() -> Iterator[Source]:
         ("maxima", "maxima-doc", f"{_DOC}maxima-doc/html/", 5),
         ("octave", "octave-doc", f"{_DOC}octave/octave.html/", 3),
     ):
-        files = Files(folder, (".html",), r"_mj\.html$|theindex|chapInd|chapBib")
+        files = Files(folder, (".html",), r"_mj\.html$|theindex|chapInd|chapBib|singlepage")
         yield _source(name, "math", package, pages(name, files, clean=html_text), cap)
 
 

@@ -6,6 +6,7 @@ Windows are compared by a 64-bit hash. Training text is walked through in parts,
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -62,29 +63,42 @@ def ngram_overlap(train: Iterable[str], validation: Sequence[str]) -> float:
     return float(shared / windows) if windows else 0.0
 
 
-def overlap_report(train: Sequence[Document], validation: Sequence[Document]) -> dict[str, object]:
-    """Return the overlap of a split, by source, and what a split by single documents would have had.
+def overlap_report(
+    train: Sequence[Document], validation: Sequence[Document], max_share: float = 1.0
+) -> tuple[dict[str, Any], list[Document]]:
+    """Return the overlap of a split, and the validation documents without those that training text nearly holds.
+
+    Args:
+        train: training documents.
+        validation: held-out documents.
+        max_share: a held-out document that shares more than this part of its windows with training text is dropped;
+            1 drops none.
 
     Returns:
-        windows, shared, share; documents and documents_with_overlap (of the validation text); by_source: source ->
-        share; random_share: the share when as many documents are held out by a hash of their text instead.
+        (report, kept). The report has `dropped`, and of the kept documents: windows, shared, share; documents and
+        documents_with_overlap; by_source: source -> share. random_share is the share when as many documents are held
+        out by a hash of their text instead.
     """
     counts = document_overlap((document.text for document in train), [document.text for document in validation])
+    keep = counts[:, 1] <= max_share * counts[:, 0]
+    kept = [document for document, good in zip(validation, keep, strict=True) if good]
     by_source: dict[str, np.ndarray] = {}
-    for document, count in zip(validation, counts, strict=True):
+    for document, count in zip(kept, counts[keep], strict=True):
         by_source[document.source] = by_source[document.source] + count if document.source in by_source else count
     mixed = sorted([*train, *validation], key=lambda document: unit_hash(document.text, "random split"))
     held_out, rest = mixed[: len(validation)], mixed[len(validation) :]
-    windows, shared = (int(total) for total in counts.sum(axis=0))
-    return {
+    windows, shared = (int(total) for total in counts[keep].sum(axis=0))
+    report = {
         "windows": windows,
         "shared": shared,
         "share": shared / windows if windows else 0.0,
-        "documents": len(validation),
-        "documents_with_overlap": int((counts[:, 1] > 0).sum()),
+        "documents": len(kept),
+        "documents_with_overlap": int((counts[keep][:, 1] > 0).sum()),
+        "dropped": len(validation) - len(kept),
         "by_source": {
             source: round(float(count[1] / count[0]), 4) if count[0] else 0.0
             for source, count in sorted(by_source.items())
         },
         "random_share": ngram_overlap((document.text for document in rest), [document.text for document in held_out]),
     }
+    return report, kept

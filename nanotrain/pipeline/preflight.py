@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from nanotrain.config.data import names_a_folder
 from nanotrain.config.errors import UserError
 from nanotrain.config.load import LoadedEntry, LoadedRecipe
 from nanotrain.config.load_messages import shown_path
@@ -69,13 +70,12 @@ class Preflight:
                 )
 
     def _check_sources(self, entry: LoadedEntry) -> None:
-        """Compare the curriculum's sources with those of a data folder that exists already."""
+        """Compare the curriculum's sources with those of a data folder that the recipe names."""
         stage = entry.config.stage
-        if isinstance(stage, PretrainConfig | DistillConfig):
+        if isinstance(stage, PretrainConfig | DistillConfig) and names_a_folder(stage.data_from):
             ref = self._input(entry, "data_from")
-            folder = self._folder(ref) if ref is not None else None
-            if folder is not None and (folder / MANIFEST).is_file():
-                check_sources(stage.curriculum, folder, f"{entry.key_prefix}stage.curriculum")
+            if ref is not None and ref.folder is not None and (ref.folder / MANIFEST).is_file():
+                check_sources(stage.curriculum, ref.folder, f"{entry.key_prefix}stage.curriculum")
 
     def _own_vocabulary(self, entry: LoadedEntry) -> int | None:
         stage = entry.config.stage

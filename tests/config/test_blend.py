@@ -136,5 +136,5 @@ def test_a_phase_has_a_blend_or_weights_and_a_cap_needs_its_source(tmp_path):
 def test_names_are_free_only_where_a_folder_is_named(tmp_path):
     phases = [{"until": 1.0, "weights": {"crawl": 1.0}}]
     assert load_recipe(write_recipe(tmp_path, phases)).entries
-    with pytest.raises(UserError, match="`stage.curriculum\\[0\\].weights.crawl` is not a source"):
+    with pytest.raises(UserError, match=r"`stage.curriculum\[0\].weights.crawl` is not a source"):
         load_recipe(write_recipe(tmp_path, phases, data_from="prepare"))

@@ -134,7 +134,7 @@ def test_mistakes_are_one_sentence(tmp_path, shards, tokenizer_folder, blend):
     shutil.copytree(tokenizer_folder, other)
     digest = file_digest(tokenizer_folder / "tokenizer.json")
     (shards / "code-00000.manifest.json").write_text(json.dumps({"tokenizer_digest": digest}))
-    with pytest.raises(MissingInputError, match="rare/a/train.bin` is gone"):
+    with pytest.raises(MissingInputError, match=r"rare/a/train\.bin` is gone"):
         build_blend_folder(rows, curriculum, tokenizer_folder, tmp_path / "again")
     rows = plan_blend(curriculum, shards, 1000)
     build_blend_folder(rows, curriculum, tokenizer_folder, tmp_path / "again")

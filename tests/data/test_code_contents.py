@@ -2,6 +2,7 @@ import http.server
 import socket
 import threading
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 
@@ -14,7 +15,7 @@ class Faulty(http.server.BaseHTTPRequestHandler):
     """Fails on purpose, by the path: busy-N answers 503 N times, then the content."""
 
     protocol_version = "HTTP/1.1"
-    seen: Counter = Counter()
+    seen: ClassVar[Counter] = Counter()
     lock = threading.Lock()
     under_way = most = 0
 

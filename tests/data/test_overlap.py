@@ -50,10 +50,14 @@ def test_the_report_sums_by_source_and_shows_what_a_random_split_would_leak():
     ]
     train = [d for d in documents if int(d.family.split()[1]) >= 4]
     validation = [d for d in documents if int(d.family.split()[1]) < 4]
-    report = overlap_report(train, validation)
+    report, kept = overlap_report(train, validation)
+    assert kept == validation and report["dropped"] == 0
     assert (report["shared"], report["share"], report["documents"], report["documents_with_overlap"]) == (0, 0.0, 8, 0)
     assert report["windows"] == sum(len(grams(d.text)) for d in validation)
     assert report["random_share"] > 0.3 and report["by_source"] == {"even": 0.0, "odd": 0.0}
-    leaking = overlap_report([*train, validation[0]], validation)
+    leaking, kept = overlap_report([*train, validation[0]], validation)
+    assert kept == validation
     assert leaking["by_source"]["even"] > 0.4 and leaking["by_source"]["odd"] == 0.0
     assert leaking["documents_with_overlap"] == 2
+    cleaned, kept = overlap_report([*train, validation[0]], validation, max_share=0.2)
+    assert kept == validation[2:] and cleaned["dropped"] == 2 and cleaned["share"] == 0.0

@@ -69,7 +69,7 @@ def test_an_npm_tarball_is_pinned(tmp_path):
 @pytest.mark.parametrize("package", [DebPackage("tiny", "MIT", 0.1), NpmPackage("tiny", "1", "MIT", 0.1, "00")])
 def test_without_the_tool_the_cache_is_named(package, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="`tiny` is not in the cache .* is not installed; .*copy a filled cache here"):
+    with pytest.raises(UserError, match=r"`tiny` is not in the cache .* is not installed; .*copy a filled cache here"):
         ensure_package(package, tmp_path)
 
 

@@ -195,10 +195,10 @@ def declarations(reader: PackageReader) -> Iterator[Document]:
 
 
 def plain_texts(source: str) -> Extract:
-    """Return an extractor of the .txt files of an npm data set; the family is the file."""
+    """Return an extractor of the .txt files of an npm data set, without `data.txt`, which holds them all; a file a family."""
 
     def extract(reader: PackageReader) -> Iterator[Document]:
-        for member, text in _texts(reader, Files("package/data/", (".txt",))):
+        for member, text in _texts(reader, Files("package/data/", (".txt",), r"/data\.txt$")):
             for piece in pieces(text):
                 yield Document(piece, f"{source}:{member}", source)
 
