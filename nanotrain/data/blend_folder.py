@@ -16,7 +16,7 @@ from typing import Any
 from nanotrain.config.blend import Curriculum
 from nanotrain.config.data import PhaseConfig
 from nanotrain.config.errors import MissingInputError, UserError, nearest
-from nanotrain.data.manifest import DataFolder, write_manifest
+from nanotrain.data.manifest import MANIFEST, DataFolder, write_manifest
 from nanotrain.data.token_shards import TokenShard, shard_files
 from nanotrain.planning.repetition import check_epochs, curriculum_caps
 from nanotrain.runtime.files import file_digest, folder_atomic
@@ -173,6 +173,15 @@ def _link(prefix: Path, folder: Path, name: str) -> list[str]:
             target.symlink_to(original.resolve())
         names.append(target.relative_to(folder).as_posix())
     return names
+
+
+def is_data_folder(folder: Path) -> bool:
+    """Return whether the folder has a manifest of this program; what is damaged is named when the folder is used."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and "format" in manifest
 
 
 def check_sources(phases: list[PhaseConfig], folder: Path, where: str) -> None:

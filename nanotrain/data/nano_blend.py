@@ -122,6 +122,9 @@ def _web() -> Iterator[Source]:
         yield _source(name, "web", f"dict-{name}", entries(name, files, r"\n(?=\S)", group=40), cap)
     yield _source("jargon", "web", "jargon-text", pages("jargon", Files(f"{_DOC}jargon-text/", ("jargon.txt.gz",))), 2)
     yield _source("wordnet", "web", "wordnet-base", wordnet, 5)
+
+
+def _manuals() -> Iterator[Source]:
     offensive = r"\.(?:dat|u8)$|/off/"
     yield _source(
         "fortunes", "web", "fortunes", entries("fortunes", Files("usr/share/games/fortunes/", ("",), offensive), r"\n%\n", group=20), 2
@@ -251,7 +254,7 @@ def _sft() -> Iterator[Source]:
     yield _source("perlfaq", "sft", "perl-doc", _perl_questions())
 
 
-SOURCES: tuple[Source, ...] = (*_web(), *_math(), *_code(), *_multilingual(), *_sft())
+SOURCES: tuple[Source, ...] = (*_web(), *_manuals(), *_math(), *_code(), *_multilingual(), *_sft())
 
 
 def scaled(scale: float) -> tuple[Source, ...]:

@@ -12,8 +12,7 @@ from nanotrain.config.load import LoadedEntry, LoadedRecipe
 from nanotrain.config.load_messages import shown_path
 from nanotrain.config.model import ModelConfig
 from nanotrain.config.stage import DistillConfig, PrepareConfig, PretrainConfig, PruneConfig, SftConfig
-from nanotrain.data.blend_folder import check_sources
-from nanotrain.data.manifest import MANIFEST
+from nanotrain.data.blend_folder import check_sources, is_data_folder
 from nanotrain.pipeline.inputs import InputRef
 from nanotrain.pipeline.products import RECIPE_FILE, load_record
 from nanotrain.planning.parameters import count_parameters
@@ -74,7 +73,7 @@ class Preflight:
         stage = entry.config.stage
         if isinstance(stage, PretrainConfig | DistillConfig) and names_a_folder(stage.data_from):
             ref = self._input(entry, "data_from")
-            if ref is not None and ref.folder is not None and (ref.folder / MANIFEST).is_file():
+            if ref is not None and ref.folder is not None and is_data_folder(ref.folder):
                 check_sources(stage.curriculum, ref.folder, f"{entry.key_prefix}stage.curriculum")
 
     def _own_vocabulary(self, entry: LoadedEntry) -> int | None:
