@@ -1,8 +1,8 @@
 """A blend of prepared shards as a data folder, and a recipe's curriculum over it.
 
 The folder holds links to the shards, not copies: a source is `<source>/train.bin .idx`, or, made of several shards,
-`<source>/part-0000/train.bin .idx` and so on, drawn in proportion to their tokens. Held-out shards stand beside as
-`validation`. The manifest has the sha256 of every file, so that the loader reads nothing that was not checked.
+`<source>/train-00000.bin .idx` and so on, walked as one. Its held-out shard stands beside as `validation`. The manifest
+has the sha256 of every file, so that the loader reads nothing that was not checked.
 """
 
 import json
@@ -22,7 +22,6 @@ from nanotrain.planning.repetition import check_epochs, curriculum_caps
 from nanotrain.runtime.files import file_digest, folder_atomic
 
 VALIDATION = "validation"
-_PART = "part-{:04d}"
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ def find_shards(root: Path, name: str) -> PreparedSource:
 
     Raises:
         MissingInputError: there is none to train on.
+        UserError: more than one is held out.
     """
     found = [*root.glob(f"{name}.idx"), *root.glob(f"{name}-[0-9]*.idx"), *(root / name).rglob("*.idx")]
     prefixes = sorted({file.with_suffix("") for file in found if not file.name.startswith(".")})
@@ -54,6 +54,11 @@ def find_shards(root: Path, name: str) -> PreparedSource:
         raise MissingInputError(
             f"source `{name}` has no shard in `{root}` ({name}.idx, {name}-00000.idx or {name}/*.idx); tokenise it there"
             f" with `python -m data_prep.tokenize_corpus --output {root / name / 'train'} ...`, or take it out of the blend."
+        )
+    if len(held_out) > 1:
+        raise UserError(
+            f"source `{name}` has {len(held_out)} held-out shards (`{held_out[0]}`, `{held_out[1]}`); keep one, or tokenise"
+            " their text into one."
         )
     return PreparedSource(name, train, held_out)
 
@@ -120,18 +125,16 @@ def build_blend_folder(rows: list[dict[str, Any]], curriculum: Curriculum, token
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         categories = {}
         for row in rows:
-            source, parts = row["source"], {}
+            source = row["source"]
             single = len(source.train) == 1
-            for number, (prefix, tokens) in enumerate(zip(source.train, row["part_tokens"], strict=True)):
-                part = "" if single else _PART.format(number)
-                files += _link(prefix, folder, f"{row['name']}/{part}/train" if part else f"{row['name']}/train")
-                parts[part] = tokens
-            for number, prefix in enumerate(source.validation):
-                part = row["name"] if len(source.validation) == 1 else f"{row['name']}/{_PART.format(number)}"
-                files += _link(prefix, folder, f"{part}/{VALIDATION}")
+            for number, prefix in enumerate(source.train):
+                files += _link(
+                    prefix, folder, f"{row['name']}/train" if single else f"{row['name']}/train-{number:05d}"
+                )
+            for prefix in source.validation:
+                files += _link(prefix, folder, f"{row['name']}/{VALIDATION}")
             categories[row["name"]] = {key: row[key] for key in ("train_tokens", "validation_tokens", "drawn_tokens")}
-            categories[row["name"]] |= {"epochs": row["epochs"], "parts": {} if single else parts}
-            categories[row["name"]]["shards"] = [str(prefix) for prefix in source.train]
+            categories[row["name"]] |= {"epochs": row["epochs"], "shards": [str(prefix) for prefix in source.train]}
         phases = [{"until": until, "weights": blend.weights} for until, blend in curriculum.phases]
         content = {"kind": "blend", "tokenizer_digest": digest, "categories": categories, "curriculum": phases}
         write_manifest(folder, content, files)
@@ -201,38 +204,10 @@ def check_sources(phases: list[PhaseConfig], folder: Path, where: str) -> None:
                 )
 
 
-def expand_parts(phases: list[PhaseConfig], folder: Path) -> list[PhaseConfig]:
-    """Return the phases with every source of several shards spelled out, each part weighted by its tokens."""
-    manifest = DataFolder(folder).manifest
-    parts_of: dict[str, dict[str, int]] = {}
-    if "categories" in manifest:
-        parts_of = {name: one["parts"] for name, one in manifest["categories"].items() if one.get("parts")}
-    expanded = []
-    for phase in phases:
-        weights: dict[str, float] = {}
-        for name, weight in phase.weights.items():
-            if name not in parts_of:
-                weights[name] = weight
-                continue
-            total = sum(parts_of[name].values())
-            weights |= {f"{name}/{part}": weight * tokens / total for part, tokens in parts_of[name].items()}
-        expanded.append(PhaseConfig(until=phase.until, weights=weights, max_epochs=phase.max_epochs))
-    return expanded
-
-
-def by_source(values: dict[str, float]) -> dict[str, float]:
-    """Return the largest value of each source's parts: `crawl/part-0000` belongs to `crawl`."""
-    merged: dict[str, float] = {}
-    for name, value in values.items():
-        source = name.split("/")[0]
-        merged[source] = max(value, merged[source]) if source in merged else value
-    return merged
-
-
 def check_caps(phases: list[PhaseConfig], epochs: dict[str, float], where: str) -> None:
     """Refuse a stage whose loader would walk through a source more often than its cap; `where` is the key."""
     check_epochs(
-        by_source(epochs),
+        epochs,
         curriculum_caps(phases),
         f"`{where}`",
         "prepare more text, lower the weight or the steps, or raise `max_epochs`",

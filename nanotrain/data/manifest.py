@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +91,9 @@ class DataFolder:
         return self.file(f"{category}/{split}.bin").with_suffix("")
 
     def sources(self, split: str) -> list[str]:
-        """Return the sources that have a shard of the split: the five categories first, then others by name.
-
-        A source of several shards is listed part by part.
-        """
-        ending = f"/{split}.idx"
-        found = [name.removesuffix(ending) for name in self._files if name.endswith(ending)]
+        """Return the sources that have a shard of the split: the five categories first, then others by name."""
+        pattern = re.compile(rf"(.+)/{re.escape(split)}(?:-\d+)?\.idx")
+        found = {match[1] for name in self._files if (match := pattern.fullmatch(name))}
         return sorted(found, key=lambda name: (CATEGORIES.index(name) if name in CATEGORIES else len(CATEGORIES), name))
 
     def check_tokenizer(self, tokenizer_folder: Path) -> None:

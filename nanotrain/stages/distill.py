@@ -5,7 +5,7 @@ from pathlib import Path
 from nanotrain.checkpoint.hf_folder import load_config, load_model
 from nanotrain.config.errors import UserError
 from nanotrain.config.stage import DistillConfig
-from nanotrain.data.blend_folder import check_caps, check_sources, expand_parts
+from nanotrain.data.blend_folder import check_caps, check_sources
 from nanotrain.data.loader import PretrainLoader
 from nanotrain.engines import build_engine
 from nanotrain.losses.distillation import ForwardKL
@@ -43,12 +43,7 @@ def distill(config: DistillConfig, run: Run) -> Path:
     engine = build_engine(run.engine, load_model(student_folder), config.training)
     teacher_engine = build_engine(run.engine, load_model(teacher_folder))
     loader = PretrainLoader(
-        data,
-        expand_parts(config.curriculum, data),
-        config.training,
-        run.seed,
-        dp_rank=engine.dp_rank,
-        dp_size=engine.dp_size,
+        data, config.curriculum, config.training, run.seed, dp_rank=engine.dp_rank, dp_size=engine.dp_size
     )
     check_caps(config.curriculum, loader.epochs(), "stage.curriculum")
     evaluate = held_out_callback(engine, data, config.training)

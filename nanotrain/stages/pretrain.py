@@ -4,7 +4,7 @@ from pathlib import Path
 
 from nanotrain.checkpoint.hf_folder import load_config
 from nanotrain.config.stage import PretrainConfig
-from nanotrain.data.blend_folder import check_caps, check_sources, expand_parts
+from nanotrain.data.blend_folder import check_caps, check_sources
 from nanotrain.data.loader import PretrainLoader
 from nanotrain.engines import build_engine
 from nanotrain.losses.language_modeling import CrossEntropy
@@ -36,12 +36,7 @@ def pretrain(config: PretrainConfig, run: Run) -> Path:
     model.init_weights(derived_seed(run.seed, "weights"))
     engine = build_engine(run.engine, model, config.training)
     loader = PretrainLoader(
-        data,
-        expand_parts(config.curriculum, data),
-        config.training,
-        run.seed,
-        dp_rank=engine.dp_rank,
-        dp_size=engine.dp_size,
+        data, config.curriculum, config.training, run.seed, dp_rank=engine.dp_rank, dp_size=engine.dp_size
     )
     check_caps(config.curriculum, loader.epochs(), "stage.curriculum")
     evaluate = held_out_callback(engine, data, config.training)

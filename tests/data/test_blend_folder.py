@@ -10,10 +10,8 @@ from nanotrain.config.errors import MissingInputError, UserError
 from nanotrain.config.training import TrainingConfig
 from nanotrain.data.blend_folder import (
     build_blend_folder,
-    by_source,
     check_caps,
     check_sources,
-    expand_parts,
     find_shards,
     plan_blend,
 )
@@ -79,10 +77,10 @@ def test_the_loader_reads_the_folder_and_realises_the_weights(blend):
     training = TrainingConfig(
         steps=40, global_batch_size=10, micro_batch_size=5, sequence_length=20, learning_rate=1.0
     )  # fmt: skip
-    loader = PretrainLoader(folder, expand_parts(phases, folder), training, seed=1)
+    loader = PretrainLoader(folder, phases, training, seed=1)
     drawn = loader.plan()
     assert sum(drawn.values()) == 400
-    for name, expected in (("crawl", 150), ("code/part-0000", 112.5), ("code/part-0001", 37.5), ("rare", 100)):
+    for name, expected in (("crawl", 150), ("code", 150), ("rare", 100)):
         assert abs(drawn[name] - expected) <= 1.5, name
     first = {int(t) // 100 for batch in loader.microbatches(0) for t in batch.input_ids.flatten()}
     assert first <= {1, 2, 3} and {int(t) // 100 for b in loader.microbatches(39) for t in b.input_ids.flatten()} <= {
@@ -98,6 +96,7 @@ def test_the_loader_reads_the_folder_and_realises_the_weights(blend):
         > 0
     )
     assert DataFolder(folder).sources("validation") == ["crawl"]
+    assert DataFolder(folder).sources("train") == ["code", "crawl", "rare"]
 
 
 def test_caps_are_enforced_when_the_blend_is_built_and_again_before_training(tmp_path, shards, blend):
@@ -107,8 +106,7 @@ def test_caps_are_enforced_when_the_blend_is_built_and_again_before_training(tmp
     with pytest.raises(
         UserError, match=r"`stage.curriculum` would repeat `rare` 9.50 times, its cap is 9; prepare more"
     ):
-        check_caps(curriculum.recipe_phases(), {"rare": 9.5, "code/part-0000": 1.0}, "stage.curriculum")
-    assert by_source({"a/part-0000": 1.0, "a/part-0001": 3.0, "b": 2.0}) == {"a": 3.0, "b": 2.0}
+        check_caps(curriculum.recipe_phases(), {"rare": 9.5, "code": 1.0}, "stage.curriculum")
 
 
 def test_a_changed_shard_is_refused_by_the_loader(blend, shards):
@@ -142,6 +140,11 @@ def test_mistakes_are_one_sentence(tmp_path, shards, tokenizer_folder, blend):
     with pytest.raises(UserError, match="was tokenised by another tokenizer"):
         build_blend_folder(rows, curriculum, other, tmp_path / "third")
     assert not (tmp_path / "third").exists()
+    write(shards / "crawl/more-validation", 100, 60)
+    with pytest.raises(UserError, match="source `crawl` has 2 held-out shards"):
+        find_shards(shards, "crawl")
+    for end in ("bin", "idx"):
+        (shards / f"crawl/more-validation.{end}").unlink()
     (shards / "crawl/validation.idx").unlink()
     (shards / "crawl/validation.bin").unlink()
     with pytest.raises(UserError, match="no source has a held-out shard"):

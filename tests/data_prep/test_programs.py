@@ -221,6 +221,12 @@ def test_the_blend_program_prints_the_epochs_of_the_published_run_and_builds_a_f
     assert DataFolder(tmp_path / "blend").shard("a", "train").name == "train"
 
 
+@pytest.mark.parametrize("name", ["nemotron_nano_v2", "released_v1"])
+def test_the_tables_in_the_documents_are_what_the_command_prints(name, capsys):
+    assert build_blend.main(["--curriculum", f"{name}/curriculum", "--epochs"]) == 0
+    assert capsys.readouterr().out.strip() in (ROOT / "docs/data.md").read_text(encoding="utf-8")
+
+
 def test_long_context_samples_from_pairs(tmp_path, tokenizer_folder, capsys):
     source = parquet(tmp_path / "in.parquet", [{"text": "answer think " * 200}, {"text": "short"}])
     common = [
