@@ -65,11 +65,10 @@ def fetch_component(options: argparse.Namespace) -> str:
                 f"{name:<34} {where:<44} {shown[0]:<20} {shown[1]:<20} {size(num_bytes) if num_bytes else '?'}"
             )
             total += num_bytes
+        where = "--output" if options.output is None else options.output
         unknown = sum(not line[4] for line in estimate(component, names))
         rest = f", {unknown} of unknown size" if unknown else ""
-        return "\n".join(
-            [*lines, f"about {size(total)} of text{rest} to {options.output}; licence: {component.licence}"]
-        )
+        return "\n".join([*lines, f"about {size(total)} of text{rest} to {where}; licence: {component.licence}"])
     if options.output is None:
         raise UserError("`--output` is missing; name the folder for the records.")
     rows = write_component(
