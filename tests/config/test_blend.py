@@ -52,8 +52,8 @@ def test_the_published_run_has_thirteen_categories_and_no_weight_that_claims_to_
 
 
 def test_proxies_are_called_proxies():
-    for phase in ("1", "2"):
-        blend = load_blend(f"proxy_nemotron_3_nano/phase_{phase}")
+    names = [f"proxy_nemotron_3_{size}/phase_{phase}" for size in ("nano", "super") for phase in (1, 2)]
+    for blend in map(load_blend, names):
         assert {source.origin for source in blend.sources.values()} == {WeightOrigin.proxy}
 
 
