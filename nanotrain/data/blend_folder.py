@@ -15,8 +15,8 @@ from typing import Any
 
 from nanotrain.config.blend import Curriculum
 from nanotrain.config.data import PhaseConfig
-from nanotrain.config.errors import MissingInputError, UserError, nearest
-from nanotrain.data.manifest import MANIFEST, DataFolder, write_manifest
+from nanotrain.config.errors import MissingInputError, UserError
+from nanotrain.data.manifest import write_manifest
 from nanotrain.data.token_shards import TokenShard, shard_files
 from nanotrain.planning.repetition import check_epochs, curriculum_caps
 from nanotrain.runtime.files import file_digest, folder_atomic
@@ -176,32 +176,6 @@ def _link(prefix: Path, folder: Path, name: str) -> list[str]:
             target.symlink_to(original.resolve())
         names.append(target.relative_to(folder).as_posix())
     return names
-
-
-def is_data_folder(folder: Path) -> bool:
-    """Return whether the folder has a manifest of this program; what is damaged is named when the folder is used."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and "format" in manifest
-
-
-def check_sources(phases: list[PhaseConfig], folder: Path, where: str) -> None:
-    """Refuse a curriculum that names a source which the data folder does not have.
-
-    Raises:
-        UserError: unknown source; the nearest name is offered.
-    """
-    categories = DataFolder(folder).manifest["categories"] if "categories" in DataFolder(folder).manifest else {}
-    if not categories:
-        return  # a folder of older form lists no sources; the loader names a missing shard
-    for number, phase in enumerate(phases):
-        for name, weight in phase.weights.items():
-            if weight > 0 and name not in categories:
-                raise UserError(
-                    f"`{where}[{number}].weights.{name}` is not a source of `{folder}`; {nearest(name, categories)}"
-                )
 
 
 def check_caps(phases: list[PhaseConfig], epochs: dict[str, float], where: str) -> None:

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from nanotrain.config.data import CATEGORIES
-from nanotrain.config.errors import MissingInputError, UserError
+from nanotrain.config.data import CATEGORIES, PhaseConfig
+from nanotrain.config.errors import MissingInputError, UserError, nearest
 from nanotrain.data.verified_files import verify_file
 from nanotrain.runtime.files import file_digest, write_json_atomic
 
@@ -111,3 +111,30 @@ class DataFolder:
                 f"`{file}` is not the tokenizer of the data in `{self.folder}` (sha256 differs); use the data that the"
                 " checkpoint was trained on, or the other way round."
             )
+
+
+def is_data_folder(folder: Path) -> bool:
+    """Return whether the folder has a manifest of this program; what is damaged is named when the folder is used."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and "format" in manifest
+
+
+def check_sources(phases: list[PhaseConfig], folder: Path, where: str) -> None:
+    """Refuse a curriculum that names a source which the data folder does not have.
+
+    Raises:
+        UserError: unknown source; the nearest name is offered.
+    """
+    manifest = DataFolder(folder).manifest
+    categories = manifest["categories"] if "categories" in manifest else {}
+    if not categories:
+        return  # a folder of older form lists no sources; the loader names a missing shard
+    for number, phase in enumerate(phases):
+        for name, weight in phase.weights.items():
+            if weight > 0 and name not in categories:
+                raise UserError(
+                    f"`{where}[{number}].weights.{name}` is not a source of `{folder}`; {nearest(name, categories)}"
+                )

@@ -12,7 +12,7 @@ from nanotrain.config.load import LoadedEntry, LoadedRecipe
 from nanotrain.config.load_messages import shown_path
 from nanotrain.config.model import ModelConfig
 from nanotrain.config.stage import DistillConfig, PrepareConfig, PretrainConfig, PruneConfig, SftConfig
-from nanotrain.data.blend_folder import check_sources, is_data_folder
+from nanotrain.data.manifest import check_sources, is_data_folder
 from nanotrain.pipeline.inputs import InputRef
 from nanotrain.pipeline.products import RECIPE_FILE, load_record
 from nanotrain.planning.parameters import count_parameters

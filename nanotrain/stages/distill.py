@@ -5,8 +5,10 @@ from pathlib import Path
 from nanotrain.checkpoint.hf_folder import load_config, load_model
 from nanotrain.config.errors import UserError
 from nanotrain.config.stage import DistillConfig
-from nanotrain.data.blend_folder import check_caps, check_sources
+from nanotrain.data.blend_folder import check_caps
 from nanotrain.data.loader import PretrainLoader
+from nanotrain.data.manifest import check_sources
+from nanotrain.data.prefetch import PrefetchingLoader
 from nanotrain.engines import build_engine
 from nanotrain.losses.distillation import ForwardKL
 from nanotrain.runtime.run import Run
@@ -46,10 +48,11 @@ def distill(config: DistillConfig, run: Run) -> Path:
         data, config.curriculum, config.training, run.seed, dp_rank=engine.dp_rank, dp_size=engine.dp_size
     )
     check_caps(config.curriculum, loader.epochs(), "stage.curriculum")
+    ahead = PrefetchingLoader(loader, config.training.steps)
     evaluate = held_out_callback(engine, data, config.training)
     with teacher_engine.head() as head:
         loss_fn = ForwardKL(head, config.temperature)
-        summary = train(engine, TeacherLoader(loader, teacher_engine), loss_fn, config.training, run, evaluate)
+        summary = train(engine, TeacherLoader(ahead, teacher_engine), loss_fn, config.training, run, evaluate)
     return save_trained(
         engine,
         run,

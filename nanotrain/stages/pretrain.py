@@ -4,8 +4,10 @@ from pathlib import Path
 
 from nanotrain.checkpoint.hf_folder import load_config
 from nanotrain.config.stage import PretrainConfig
-from nanotrain.data.blend_folder import check_caps, check_sources
+from nanotrain.data.blend_folder import check_caps
 from nanotrain.data.loader import PretrainLoader
+from nanotrain.data.manifest import check_sources
+from nanotrain.data.prefetch import PrefetchingLoader
 from nanotrain.engines import build_engine
 from nanotrain.losses.language_modeling import CrossEntropy
 from nanotrain.model.hybrid import HybridModel
@@ -39,8 +41,9 @@ def pretrain(config: PretrainConfig, run: Run) -> Path:
         data, config.curriculum, config.training, run.seed, dp_rank=engine.dp_rank, dp_size=engine.dp_size
     )
     check_caps(config.curriculum, loader.epochs(), "stage.curriculum")
+    ahead = PrefetchingLoader(loader, config.training.steps)
     evaluate = held_out_callback(engine, data, config.training)
-    summary = train(engine, loader, CrossEntropy(), config.training, run, evaluate)
+    summary = train(engine, ahead, CrossEntropy(), config.training, run, evaluate)
     return save_trained(
         engine,
         run,

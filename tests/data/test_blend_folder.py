@@ -11,12 +11,11 @@ from nanotrain.config.training import TrainingConfig
 from nanotrain.data.blend_folder import (
     build_blend_folder,
     check_caps,
-    check_sources,
     find_shards,
     plan_blend,
 )
 from nanotrain.data.loader import PretrainLoader, validation_batches
-from nanotrain.data.manifest import DataFolder
+from nanotrain.data.manifest import DataFolder, check_sources
 from nanotrain.data.token_shards import TokenShardWriter
 from nanotrain.runtime.files import file_digest
 
