@@ -1,4 +1,4 @@
-"""Plain torch in one process: fp32 parameters and states, products in fp32 or bf16 autocast."""
+"""Plain torch in one process: fp32 parameters and states, products in fp32, bf16 autocast or FP8."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,12 +14,14 @@ from nanotrain.checkpoint.provenance import Provenance
 from nanotrain.config.engine import EngineConfig
 from nanotrain.config.training import TrainingConfig
 from nanotrain.engines.base import Engine, StepResult
+from nanotrain.engines.precision import apply_precision
 from nanotrain.engines.root import TrainingRoot
 from nanotrain.engines.torch_device import prepare_device
 from nanotrain.losses.base import LossFn, LossOutput
 from nanotrain.model.batch import MicroBatch
 from nanotrain.model.head import HeadWeight
 from nanotrain.model.hybrid import HybridModel
+from nanotrain.ops.backends import choose_kernels
 from nanotrain.ops.linear_cross_entropy import token_log_probabilities
 from nanotrain.optim.adamw import build_adamw
 
@@ -35,6 +37,8 @@ class TorchEngine(Engine):
     def __init__(self, config: EngineConfig, model: HybridModel, training: TrainingConfig | None = None) -> None:
         self.device, self._autocast_dtype = prepare_device(config)
         self.model_config = model.config
+        choose_kernels(config.kernels.choices(), self.device)
+        self._weight_copies = apply_precision(model, config, self.device, self._autocast_dtype)
         self._model = model.to(self.device)
         self._root = TrainingRoot(self._model)
         self._optimizer: torch.optim.AdamW | None = None
@@ -66,6 +70,8 @@ class TorchEngine(Engine):
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
             self._optimizer.step()
+        for copy in self._weight_copies:  # they are of the weights before the step
+            copy.drop()
         self._optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, grad_norm, num_tokens, skipped, sums.metrics())
 
