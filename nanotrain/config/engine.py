@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from nanotrain.config.errors import UserError
+from nanotrain.config.model import ATTENTION, MAMBA, MLP
 
 
 class EngineKind(str, Enum):
@@ -67,10 +68,29 @@ class KernelsConfig:
     attention: AttentionKernel = AttentionKernel.auto
     """Packed documents run through flash attention under both cudnn and flash."""
     squared_relu: FusedKernel = FusedKernel.auto
+    cross_entropy: FusedKernel = FusedKernel.auto
+    """Softmax and gradient of a chunk of logits."""
+    kl_divergence: FusedKernel = FusedKernel.auto
+    adamw: FusedKernel = FusedKernel.auto
+    """The update of low-precision states or weights, or in the backward pass; fp32 AdamW is torch's own fused kernel."""
 
     def choices(self) -> dict[str, str]:
         """Return op -> wanted kernel."""
         return {op: kernel.value for op, kernel in self.__dict__.items()}
+
+
+@dataclass
+class ActivationCheckpointingConfig:
+    """Kinds of layers that keep only their input in the forward pass and run again in the backward pass."""
+
+    mamba: bool = False
+    mlp: bool = False
+    attention: bool = False
+
+    def layer_kinds(self) -> frozenset[str]:
+        """Return the letters of the checkpointed layers in `hybrid_layer_pattern`."""
+        chosen = {MAMBA: self.mamba, MLP: self.mlp, ATTENTION: self.attention}
+        return frozenset(kind for kind, checkpointed in chosen.items() if checkpointed)
 
 
 @dataclass
@@ -90,6 +110,8 @@ class EngineConfig:
     fp8_bf16_last_layers: int = 2
     """FP8 only: so many layers at the end multiply in bf16."""
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    activation_checkpointing: ActivationCheckpointingConfig = field(default_factory=ActivationCheckpointingConfig)
+    """Trades time for memory; gradients stay the same bit for bit."""
     threads: int = 0
     """CPU threads of torch; 0 = torch's own choice."""
 

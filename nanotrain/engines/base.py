@@ -72,6 +72,10 @@ class Engine(ABC):
         """Yield the model in eval mode, for the sampler and for pruning's capture."""
 
     @abstractmethod
+    def init_weights(self, seed: int) -> None:
+        """Draw all weights (model/initialization.py); a model built on the meta device has none before."""
+
+    @abstractmethod
     def load_hf(self, folder: Path) -> None:
         """Load the weights of a checkpoint folder of the same architecture."""
 

@@ -8,14 +8,17 @@ layers below, which it would have reached); the tensors already updated keep the
 import torch
 from torch import Tensor, nn
 
+from nanotrain.ops.linear import WeightCopy
 from nanotrain.optim.low_precision_adamw import LowPrecisionAdamW
 
 
 class OptimizerInBackward:
     """Hooks on the parameters of an optimizer. One step: `begin`, the backward pass, `finish`."""
 
-    def __init__(self, optimizer: LowPrecisionAdamW) -> None:
+    def __init__(self, optimizer: LowPrecisionAdamW, weight_copies: dict[nn.Parameter, WeightCopy]) -> None:
+        """Hook into every parameter of `optimizer`; a weight's copy in another precision is dropped when it changes."""
         self._optimizer = optimizer
+        self._weight_copies = weight_copies
         self._allowed: Tensor | None = None
         self._squared_norm: Tensor | None = None
         for group in optimizer.param_groups:
@@ -34,6 +37,8 @@ class OptimizerInBackward:
         self._allowed = self._allowed & torch.isfinite(norm)
         self._squared_norm += norm.double().square()
         self._optimizer.update(parameter, gradient, self._allowed)
+        if parameter in self._weight_copies:
+            self._weight_copies[parameter].drop()
 
     def finish(self) -> tuple[float, bool]:
         """Wait for the step; return the global L2 norm of its gradient and whether anything was left out."""

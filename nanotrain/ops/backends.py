@@ -75,6 +75,24 @@ def _triton_squared_relu() -> Callable[..., Any]:
     return squared_relu
 
 
+def _triton_cross_entropy() -> Callable[..., Any]:
+    from nanotrain.ops.gpu.softmax_losses_triton import cross_entropy_chunk
+
+    return cross_entropy_chunk
+
+
+def _triton_kl_divergence() -> Callable[..., Any]:
+    from nanotrain.ops.gpu.softmax_losses_triton import kl_divergence_chunk
+
+    return kl_divergence_chunk
+
+
+def _triton_adamw() -> Callable[..., Any]:
+    from nanotrain.ops.gpu.adamw_triton import adamw_update
+
+    return adamw_update
+
+
 def _te_products(precision: Precision) -> QuantizedProducts:
     from nanotrain.ops.gpu.transformer_engine_products import BlockwiseProducts, CurrentScalingProducts
 
@@ -121,6 +139,9 @@ KERNELS: dict[str, dict[str, Kernel]] = {
         "flash": Kernel("torch", "pip install torch", _flash_attention),
     },
     "squared_relu": {"triton": Kernel("triton", "pip install triton", _triton_squared_relu)},
+    "cross_entropy": {"triton": Kernel("triton", "pip install triton", _triton_cross_entropy)},
+    "kl_divergence": {"triton": Kernel("triton", "pip install triton", _triton_kl_divergence)},
+    "adamw": {"triton": Kernel("triton", "pip install triton", _triton_adamw)},
 }
 """Op -> kernels, fastest first; `torch` is always there."""
 

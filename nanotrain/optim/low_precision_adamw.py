@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanotrain.ops.adamw import AdamWStep, Moments, adamw_update, new_moments
+from nanotrain.ops.adamw import adamw_update
+from nanotrain.ops.moments import AdamWStep, Moments, new_moments
 
 _FIELDS = ("average", "square", "average_scale", "square_scale")
 _MASK = 0x7FFFFFFF

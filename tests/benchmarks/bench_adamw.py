@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from nanotrain.ops.adamw import AdamWStep, adamw_update, adamw_update_ref, new_moments
+from nanotrain.ops.adamw import adamw_update, adamw_update_ref
 from nanotrain.ops.backends import choose_kernels
+from nanotrain.ops.moments import AdamWStep, new_moments
 from tests.benchmarks.measure import interleaved, write
 
 SHAPES = ((131072, 5120), (22656, 5120), (5120, 10240), (20480, 5120), (5120, 20480))

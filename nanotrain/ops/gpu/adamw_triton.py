@@ -1,4 +1,4 @@
-"""The AdamW update of a tensor in one pass over memory; see ops.adamw for the formats."""
+"""The AdamW update of a tensor in one pass over memory; see ops.moments for the formats."""
 
 import math
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanotrain.ops.adamw import BLOCK_SIZE, AdamWStep, Moments
+from nanotrain.ops.moments import BLOCK_SIZE, AdamWStep, Moments
 
 _ROWS = 8
 
