@@ -74,17 +74,24 @@ class MambaMixer(nn.Module):
         self, u: Tensor, segment_ids: Tensor | None, cache: HybridCache | None, num_valid: Tensor | None
     ) -> Tensor:
         """Map [B, S, D] to [B, S, D]; see HybridModel.hidden_states for the arguments."""
+        return self.out_proj(self.between_projections(self.in_proj(u), segment_ids, cache, num_valid))
+
+    def between_projections(
+        self,
+        zxBCdt: Tensor,
+        segment_ids: Tensor | None,
+        cache: HybridCache | None = None,
+        num_valid: Tensor | None = None,
+    ) -> Tensor:
+        """Convolution, scan, gate and norm: [B, S, 2 inner + 2 G N + H] to [B, S, inner]."""
         config = self.config
-        z, xBC, dt = self.in_proj(u).split(
-            [config.mamba_inner_size, config.conv_channels, config.mamba_num_heads], dim=-1
-        )
+        z, xBC, dt = zxBCdt.split([config.mamba_inner_size, config.conv_channels, config.mamba_num_heads], dim=-1)
         wide = torch.promote_types(dt.dtype, torch.float32)
         dt = F.softplus(dt.to(wide) + self.dt_bias)
         if num_valid is not None:  # dt = 0 at padding: it leaves the state as it is
             dt = dt * (torch.arange(dt.shape[1], device=dt.device) < num_valid[:, None])[..., None]
         y = self._scan(xBC, dt, segment_ids, cache, num_valid)
-        y = grouped_gated_rms_norm(y.flatten(2), z, self.norm.weight, config.layer_norm_epsilon, config.n_groups)
-        return self.out_proj(y)
+        return grouped_gated_rms_norm(y.flatten(2), z, self.norm.weight, config.layer_norm_epsilon, config.n_groups)
 
     def _scan(
         self, xBC: Tensor, dt: Tensor, segment_ids: Tensor | None, cache: HybridCache | None, num_valid: Tensor | None

@@ -5,6 +5,7 @@ from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn  # pyright: ignore[r
 from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+from nanotrain.ops.gpu.tuned_configs import restrict_to_tuned
 from nanotrain.ops.segments import segment_indices
 
 
@@ -22,6 +23,8 @@ def ssd_scan(
 ) -> tuple[Tensor, Tensor]:
     """See ops.ssd.ssd_scan. States and decays are fp32; products run in x's dtype (fp32: TF32)."""
     index = None if segment_ids is None else segment_indices(segment_ids)
+    chunk_size = _power_of_two(chunk_size)
+    restrict_to_tuned(x.shape[-1], B.shape[-1], chunk_size, x.dtype)
     with torch.autocast("cuda", enabled=False):
         return mamba_chunk_scan_combined(
             x,
@@ -29,7 +32,7 @@ def ssd_scan(
             A.float(),
             B.to(x.dtype),
             C.to(x.dtype),
-            chunk_size=_power_of_two(chunk_size),
+            chunk_size=chunk_size,
             D=D.float(),
             initial_states=initial_state,
             seq_idx=index,
