@@ -5,8 +5,10 @@ update of its step. A gradient that is not finite forbids its own update and all
 layers below, which it would have reached); the tensors already updated keep their finite update. Both count as skipped.
 """
 
+import weakref
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanotrain.ops.linear import WeightCopy
 from nanotrain.optim.low_precision_adamw import LowPrecisionAdamW
@@ -15,22 +17,30 @@ from nanotrain.optim.low_precision_adamw import LowPrecisionAdamW
 class OptimizerInBackward:
     """Hooks on the parameters of an optimizer. One step: `begin`, the backward pass, `finish`."""
 
-    def __init__(self, optimizer: LowPrecisionAdamW, weight_copies: dict[nn.Parameter, WeightCopy]) -> None:
+    def __init__(self, optimizer: LowPrecisionAdamW, weight_copies: dict[Tensor, WeightCopy]) -> None:
         """Hook into every parameter of `optimizer`; a weight's copy in another precision is dropped when it changes."""
         self._optimizer = optimizer
         self._weight_copies = weight_copies
         self._allowed: Tensor | None = None
         self._squared_norm: Tensor | None = None
+        # Weak: a parameter that owned this object would own itself, through storage that no garbage collector looks into.
+        this = weakref.ref(self)
+
+        def update(parameter: Tensor) -> None:
+            owner = this()
+            assert owner is not None, "the engine of this model is gone"
+            owner._update(parameter)
+
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                parameter.register_post_accumulate_grad_hook(self._update)
+                parameter.register_post_accumulate_grad_hook(update)
 
     def begin(self, loss: Tensor) -> None:
         """Start a step whose loss is `loss` []."""
         self._allowed = torch.isfinite(loss.detach())
         self._squared_norm = torch.zeros((), dtype=torch.float64, device=loss.device)
 
-    def _update(self, parameter: nn.Parameter) -> None:
+    def _update(self, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None and self._allowed is not None and self._squared_norm is not None
         norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)

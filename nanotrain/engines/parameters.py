@@ -34,7 +34,7 @@ def place_model(model: HybridModel, device: torch.device, dtype: torch.dtype) ->
     return model.to(device, dtype) if narrow else model.to(device)
 
 
-def weight_copies_of(model: nn.Module) -> dict[nn.Parameter, WeightCopy]:
+def weight_copies_of(model: nn.Module) -> dict[Tensor, WeightCopy]:
     """Return the copy in another precision of each weight that has one."""
     layers = [module for module in model.modules() if isinstance(module, Linear)]
     return {layer.weight: layer.weight_copy for layer in layers if layer.weight_copy is not None}

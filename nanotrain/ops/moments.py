@@ -4,6 +4,7 @@ The 8-bit form is Dettmers et al., arXiv:2110.02861: blocks of 256 values share 
 lie densest near zero.
 """
 
+import hashlib
 from dataclasses import dataclass
 from functools import cache
 
@@ -31,7 +32,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class AdamWStep:
-    """The numbers of one update; `step` counts from 1, `key` is two integers below 2^31 that no other update has."""
+    """The numbers of one update; `step` counts from 1, `key` is `rounding_key` of tensor and step."""
 
     learning_rate: float
     beta1: float
@@ -45,6 +46,12 @@ class AdamWStep:
     def corrections(self) -> tuple[float, float]:
         """1 - beta^step of both averages."""
         return 1.0 - self.beta1**self.step, 1.0 - self.beta2**self.step
+
+
+def rounding_key(name: str, step: int) -> tuple[int, int]:
+    """Return two integers below 2^31, for the rounding noise of the tensor `name` in the update number `step`."""
+    digest = hashlib.sha256(f"{name}/{step}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1, int.from_bytes(digest[4:8], "big") >> 1
 
 
 def new_moments(parameter: Tensor, dtype: torch.dtype) -> Moments:

@@ -4,17 +4,15 @@ Its own class because torch's AdamW keeps moments in the weights' dtype, and bec
 while the backward pass still runs.
 """
 
-import hashlib
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanotrain.ops.adamw import adamw_update
-from nanotrain.ops.moments import AdamWStep, Moments, new_moments
+from nanotrain.ops.moments import AdamWStep, Moments, new_moments, rounding_key
 
 _FIELDS = ("average", "square", "average_scale", "square_scale")
-_MASK = 0x7FFFFFFF
 
 
 class LowPrecisionAdamW(torch.optim.Optimizer):
@@ -42,18 +40,18 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
             state_dtype: float32, bfloat16, or uint8 for 8-bit blocks.
         """
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "num_steps": 0})
-        self._group_of: dict[nn.Parameter, dict[str, Any]] = {}
-        self._name_key: dict[nn.Parameter, int] = {}
+        self._group_of: dict[Tensor, dict[str, Any]] = {}
+        self._name_of: dict[Tensor, str] = {}
         for group in self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
-                self._name_key[parameter] = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") & _MASK
+                self._name_of[parameter] = name
                 self._set_moments(parameter, new_moments(parameter.detach(), state_dtype))
         self._map_groups()
 
     def _map_groups(self) -> None:
         self._group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
 
-    def _set_moments(self, parameter: nn.Parameter, moments: Moments) -> None:
+    def _set_moments(self, parameter: Tensor, moments: Moments) -> None:
         fields = {name: moments.__dict__[name] for name in _FIELDS}
         self.state[parameter] = {name: tensor for name, tensor in fields.items() if tensor is not None}
 
@@ -67,7 +65,7 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
                     self.update(parameter, parameter.grad)
         self.count_step()
 
-    def update(self, parameter: nn.Parameter, gradient: Tensor, allowed: Tensor | None = None) -> None:
+    def update(self, parameter: Tensor, gradient: Tensor, allowed: Tensor | None = None) -> None:
         """Update one parameter as part of the step that `count_step` will count.
 
         Args:
@@ -84,7 +82,7 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
             epsilon=group["eps"],
             weight_decay=group["weight_decay"],
             step=step,
-            key=(self._name_key[parameter], step * 0x9E3779B1 & _MASK),
+            key=rounding_key(self._name_of[parameter], step),
         )
         adamw_update(parameter.detach(), gradient, Moments(**self.state[parameter]), numbers, allowed)
 

@@ -1,9 +1,9 @@
 """The whole 12B on one GPU: forward, backward and optimizer over all parameters; peak memory and tokens/s by configuration.
 
-    python -m tests.benchmarks.bench_memory_12b OUT.jsonl [--tiny] [--only NAME ...]
+    python -m tests.benchmarks.bench_memory_12b OUT.jsonl [--draw] [--tiny] [--only NAME ...]
 
-8,192 random tokens a step. The first configuration draws its weights as a run does (timed); the others take random values
-straight on the GPU. Every configuration is written as soon as it is done. The last two show what happens when it does not fit.
+8,192 random tokens a step. With --draw the first configuration draws its weights as a run does (timed); otherwise they are random
+values made on the GPU. Every configuration is written as soon as it is done. The last two show what happens when it does not fit.
 """
 
 import argparse
@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="check the script without a GPU")
     parser.add_argument("--only", nargs="*", default=list(CASES))
     parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--draw", action="store_true", help="draw the first configuration's weights as a run does")
     arguments = parser.parse_args()
     config, tokens = published_12b(), 8192
     if arguments.tiny:
@@ -144,7 +145,7 @@ def main() -> None:
             CASES[name] = (replace(engine, precision=Precision.bf16), chosen, rows)
     for index, name in enumerate(arguments.only):
         try:
-            measure(name, config, arguments.out, arguments.steps, tokens, draw=index == 0)
+            measure(name, config, arguments.out, arguments.steps, tokens, draw=arguments.draw and index == 0)
         except UserError as error:
             write(arguments.out, {"case": name, "refused": str(error)})
         gc.collect()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nanotrain.ops.moments import BLOCK_SIZE, AdamWStep, Moments
 
-_ROWS = 8
+_ROWS, _WARPS = 8, 8
 
 
 @triton.jit
@@ -137,5 +137,5 @@ def adamw_update(
         GUARDED=allowed is not None,
         ROWS=_ROWS,
         BLOCK=BLOCK_SIZE,
-        num_warps=8,
+        num_warps=_WARPS,
     )
