@@ -33,12 +33,15 @@ class TrainingMemory:
     """Kept between forward and backward of one micro-batch."""
     workspace: int
     """Of the loss, and of the backward pass of the layer that needs most."""
+    accumulates: bool
+    """Whether the gradients of one micro-batch are still there while the next one runs."""
 
     @property
     def peak(self) -> int:
-        """The most that exists at a time: activations go while gradients come, so the two do not add up."""
+        """The most that exists at a time: within a micro-batch activations go while gradients come."""
         lasting = self.weights + self.weight_copies + self.optimizer_states
-        return lasting + max(self.activations + self.workspace, self.gradients)
+        passing = self.activations + self.workspace
+        return lasting + (passing + self.gradients if self.accumulates else max(passing, self.gradients))
 
 
 def training_memory(model: ModelConfig, training: TrainingConfig, engine: EngineConfig) -> TrainingMemory:
@@ -64,6 +67,7 @@ def training_memory(model: ModelConfig, training: TrainingConfig, engine: Engine
         optimizer_states=int(parameters * STATE_BYTES[optimizer.state_dtype]),
         gradients=(largest if optimizer.in_backward else parameters) * weight_bytes,
         activations=tokens * kept,
+        accumulates=training.global_batch_size > training.micro_batch_size,
         workspace=max(head * weight_bytes + narrow_head + logits, head * weight_bytes + tokens * transient),
     )
 

@@ -34,17 +34,32 @@ def test_state_of_the_published_12b(published, optimizer, bytes_a_parameter):
     assert state / 12_310_001_152 == pytest.approx(bytes_a_parameter, abs=0.01)
 
 
+IN_BACKWARD = {"in_backward": True, "gradient_clip": 0.0}
+MLP = ActivationCheckpointingConfig(mlp=True)
+NOTHING = ActivationCheckpointingConfig()
 MEASURED = [  # docs/benchmarks/memory_h200_202611.md: peak of the allocator, GiB
-    (Precision.fp8_blockwise, {}, {}, 1, 112.69),
-    (Precision.fp8_blockwise, {"in_backward": True, "gradient_clip": 0.0}, {}, 1, 112.69),
+    (Precision.fp8_blockwise, {}, NOTHING, 1, 112.69),
+    (Precision.fp8_blockwise, IN_BACKWARD, NOTHING, 1, 112.69),
+    (Precision.fp8_blockwise, IN_BACKWARD, MLP, 1, 97.90),
+    (Precision.fp8_blockwise, IN_BACKWARD, ALL, 1, 72.52),
+    (Precision.fp8_blockwise, IN_BACKWARD, ALL, 4, 93.25),
+    (Precision.bf16, {}, NOTHING, 1, 101.00),
 ]
 
 
-@pytest.mark.parametrize(("precision", "optimizer", "engine", "rows", "gib"), MEASURED)
-def test_plan_is_within_five_per_cent_of_what_was_measured(published, precision, optimizer, engine, rows, gib):
+@pytest.mark.parametrize(("precision", "optimizer", "kinds", "rows", "gib"), MEASURED)
+def test_plan_is_within_two_per_cent_of_what_was_measured(published, precision, optimizer, kinds, rows, gib):
     config = training(rows, **(BF16 | {"state_dtype": StateDtype.int8} | optimizer))
-    plan = training_memory(published("12b"), config, EngineConfig(precision=precision, **engine))
-    assert plan.peak / GIB == pytest.approx(gib, rel=0.05)
+    engine = EngineConfig(precision=precision, activation_checkpointing=kinds)
+    assert training_memory(published("12b"), config, engine).peak / GIB == pytest.approx(gib, rel=0.02)
+
+
+def test_gradients_that_accumulate_stay_through_the_next_micro_batch(published):
+    one, more = (
+        training_memory(published("12b"), training(1, total, **BF16), EngineConfig(precision=Precision.bf16))
+        for total in (1, 4)
+    )
+    assert more.peak == one.peak + one.gradients  # activations outweigh gradients here
 
 
 def test_suggestions_need_less_and_less(published):
