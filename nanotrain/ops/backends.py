@@ -124,8 +124,8 @@ def load_fp8_products(precision: Precision, device: torch.device) -> QuantizedPr
 
 KERNELS: dict[str, dict[str, Kernel]] = {
     "ssd": {
-        "triton": Kernel("triton", TRITON_INSTALL, _triton_ssd),
         "mamba_ssm": Kernel("mamba_ssm", MAMBA_INSTALL, _mamba_ssm_ssd),
+        "triton": Kernel("triton", TRITON_INSTALL, _triton_ssd),
     },
     "causal_conv1d": {
         "causal_conv1d": Kernel("causal_conv1d", "pip install causal-conv1d --no-build-isolation", _causal_conv1d)

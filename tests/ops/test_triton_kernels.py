@@ -64,6 +64,16 @@ for fast, slow, inputs in pairs:
     error = worst_error(fast, slow, inputs, torch.float32)
     assert error < 2e-6, error
 """,
+    "fp8": """
+from nanotrain.ops.fp8 import squared_relu_quantised_ref
+from nanotrain.ops.gpu.squared_relu_fp8 import squared_relu_quantised
+x, grad = randn(128, 256) * torch.exp(2 * randn(128, 1)), randn(128, 256)
+x[3] = 0.0
+for other in (None, grad):
+    fast, slow = squared_relu_quantised(x, other), squared_relu_quantised_ref(x, other)
+    for name in ("row_scales", "column_scales", "rows", "columns"):
+        assert torch.equal(getattr(fast, name), getattr(slow, name)), name
+""",
 }
 
 

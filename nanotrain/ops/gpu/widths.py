@@ -3,9 +3,9 @@
 import triton
 
 
-def split_width(width: int) -> tuple[int, int]:
-    """Cut `width` >= 16 into a power of two and a rest, which is a power of two of at least 16, possibly masked."""
+def split_width(width: int, least: int = 16) -> tuple[int, int]:
+    """Cut `width` into a power of two and a rest, which is a power of two of at least `least`, possibly masked."""
     large = 1 << (width.bit_length() - 1)
     if large == width:
         large //= 2
-    return large, max(16, triton.next_power_of_2(width - large))
+    return large, max(least, triton.next_power_of_2(width - large))
