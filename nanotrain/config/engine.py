@@ -27,7 +27,6 @@ class Precision(str, Enum):
 class SsdKernel(str, Enum):
     auto = "auto"
     torch = "torch"
-    triton = "triton"
     mamba_ssm = "mamba_ssm"
 
 

@@ -13,7 +13,7 @@ from nanotrain.model.linear import Linear
 from nanotrain.ops.attention import attention
 from nanotrain.ops.causal_conv1d import causal_conv1d
 from nanotrain.ops.rms_norm import grouped_gated_rms_norm, rms_norm
-from nanotrain.ops.squared_relu_mlp import squared_relu_mlp
+from nanotrain.ops.squared_relu import squared_relu
 from nanotrain.ops.ssd import ssd_scan, ssd_step
 from nanotrain.planning.parameters import FP32_TENSORS
 
@@ -153,5 +153,4 @@ class MLPMixer(nn.Module):
 
     def forward(self, u: Tensor, *_unused: Any) -> Tensor:
         """Map [B, S, D] to [B, S, D]; positions do not meet here."""
-        up, down = self.up_proj, self.down_proj
-        return squared_relu_mlp(u, up.weight, down.weight, up.weight_copy, down.weight_copy)
+        return self.down_proj(squared_relu(self.up_proj(u)))

@@ -34,12 +34,6 @@ class Kernel:
     load: Callable[[], Callable[..., Any]]
 
 
-def _triton_ssd() -> Callable[..., Any]:
-    from nanotrain.ops.gpu.ssd_fused import ssd_scan
-
-    return ssd_scan
-
-
 def _triton_gated_norm() -> Callable[..., Any]:
     from nanotrain.ops.gpu.gated_norm_triton import grouped_gated_rms_norm
 
@@ -125,7 +119,6 @@ def load_fp8_products(precision: Precision, device: torch.device) -> QuantizedPr
 KERNELS: dict[str, dict[str, Kernel]] = {
     "ssd": {
         "mamba_ssm": Kernel("mamba_ssm", MAMBA_INSTALL, _mamba_ssm_ssd),
-        "triton": Kernel("triton", TRITON_INSTALL, _triton_ssd),
     },
     "causal_conv1d": {
         "causal_conv1d": Kernel("causal_conv1d", "pip install causal-conv1d --no-build-isolation", _causal_conv1d)

@@ -213,7 +213,8 @@ def compare_models(part: str, config: ModelConfig, precision: str, options: argp
     for round_ in range(options.warmup + options.rounds):
         order = [*order[1:], order[0]]
         for name in order:
-            free()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
             clocks[name].run(steps[name])
             first.setdefault(name, time.perf_counter() - start)

@@ -6,9 +6,8 @@ import torch
 from nanotrain.config.engine import Precision
 from nanotrain.config.errors import UserError
 from nanotrain.ops.backends import load_fp8_products
-from nanotrain.ops.fp8 import EmulatedProducts, squared_relu_quantised_ref
+from nanotrain.ops.fp8 import EmulatedProducts
 from nanotrain.ops.linear import RoundedProducts, WeightCopy, linear
-from nanotrain.ops.squared_relu_mlp import squared_relu_mlp
 
 
 def products(precision: Precision):
@@ -59,32 +58,6 @@ def test_blockwise_products_equal_the_emulation_but_for_rounding():
             got = getattr(ours, name)(fast[a], fast[b], dtype).cpu().double()
             expected = getattr(slow, name)(exact[a], exact[b], torch.float64)
             assert float((got - expected).norm() / expected.norm()) < tolerance, name
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fused_squared_relu_equals_the_emulation_bit_for_bit(dtype):
-    ours = products(Precision.fp8_blockwise)
-    x, grad = matrix(256, 384, 7, dtype), matrix(256, 384, 8, dtype)
-    for other in (None, grad):
-        fast = ours.squared_relu_quantised(x.cuda(), None if other is None else other.cuda())
-        expected = squared_relu_quantised_ref(x, other)
-        for name in ("rows", "row_scales", "columns", "column_scales"):
-            assert torch.equal(getattr(fast, name).cpu(), getattr(expected, name)), name
-
-
-def test_fused_mlp_near_fp64():
-    chosen = products(Precision.fp8_blockwise)
-    generator = torch.Generator().manual_seed(9)
-    x = torch.randn(2, 150, 256, generator=generator).bfloat16().cuda().requires_grad_()
-    weights = [(torch.randn(*s, generator=generator) / 16).cuda().requires_grad_() for s in ((512, 256), (256, 512))]
-    grad = torch.randn(2, 150, 256, generator=generator).cuda()
-    y = squared_relu_mlp(x, *weights, WeightCopy(chosen), WeightCopy(chosen))
-    got = [y, *torch.autograd.grad(y, (x, *weights), grad.bfloat16())]
-    wide = [t.detach().double().requires_grad_() for t in (x, *weights)]
-    exact = squared_relu_mlp(*wide)
-    expected = [exact, *torch.autograd.grad(exact, wide, grad.double())]
-    for ours, theirs in zip(got, expected, strict=True):
-        assert float(((ours.double() - theirs).norm() / theirs.norm()).detach()) < 8e-2
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])

@@ -20,8 +20,6 @@ from nanotrain.ops.fp8 import (
     quantize_tiles_ref,
 )
 from nanotrain.ops.linear import RoundedProducts, WeightCopy, linear, linear_ref
-from nanotrain.ops.squared_relu import squared_relu_ref
-from nanotrain.ops.squared_relu_mlp import squared_relu_mlp
 
 
 def e4m3_numbers() -> list[float]:
@@ -124,23 +122,6 @@ def test_linear_near_fp64(products, tolerance, tokens):
     expected = [xd @ wd.t(), *torch.autograd.grad(xd @ wd.t(), (xd, wd), grad.double())]
     for ours, exact in zip(got, expected, strict=True):
         assert float(((ours.double() - exact).norm() / exact.norm()).detach()) < tolerance
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_mlp_near_fp64(fused):
-    generator = torch.Generator().manual_seed(8)
-    x = torch.randn(2, 70, 128, generator=generator).requires_grad_()
-    up, down = ((torch.randn(*shape, generator=generator) / 16).requires_grad_() for shape in ((256, 128), (128, 256)))
-    grad = torch.randn(2, 70, 128, generator=generator)
-    products = EmulatedProducts(fused=fused)
-    y = squared_relu_mlp(x, up, down, WeightCopy(products), WeightCopy(products))
-    got = [y, *torch.autograd.grad(y, (x, up, down), grad.bfloat16())]
-    wide = [t.detach().double().requires_grad_() for t in (x, up, down)]
-    exact = squared_relu_mlp(*wide)
-    torch.testing.assert_close(exact, squared_relu_ref(wide[0] @ wide[1].t()) @ wide[2].t())
-    expected = [exact, *torch.autograd.grad(exact, wide, grad.double())]
-    for ours, theirs in zip(got, expected, strict=True):
-        assert float(((ours.double() - theirs).norm() / theirs.norm()).detach()) < 8e-2
 
 
 def test_linear_without_a_copy_is_exact():

@@ -1,7 +1,7 @@
 """FP8 quantisers and GEMMs of Transformer Engine, without its modules: the weights stay plain parameters."""
 
 import torch
-import transformer_engine.pytorch  # noqa: F401, I001 # pyright: ignore[reportMissingImports] (loads the next module's library)
+import transformer_engine.pytorch  # noqa: F401 # pyright: ignore[reportMissingImports] (it loads the next one's library)
 import transformer_engine_torch as tex  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from transformer_engine.pytorch.cpp_extensions import general_gemm  # pyright: ignore[reportMissingImports]
@@ -19,7 +19,6 @@ from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import (  #
 )
 
 from nanotrain.ops.fp8 import BLOCK, Quantized
-from nanotrain.ops.gpu.squared_relu_fp8 import squared_relu_quantised
 
 _E4M3, _E5M2 = tex.DType.kFloat8E4M3, tex.DType.kFloat8E5M2
 
@@ -30,7 +29,6 @@ class BlockwiseProducts:
     row_multiple = BLOCK
 
     def __init__(self) -> None:
-        self.squared_relu_quantised = squared_relu_quantised
         self._quantizers = {
             (dimensions, columns): _internal(
                 Float8BlockQuantizer(_E4M3, rowwise=True, columnwise=columns, block_scaling_dim=dimensions)
@@ -77,7 +75,6 @@ class CurrentScalingProducts:
     """One scale per tensor, from its own largest magnitude; E4M3, gradients E5M2 (recipe Float8CurrentScaling)."""
 
     row_multiple = 16
-    squared_relu_quantised = None
 
     def __init__(self) -> None:
         device = torch.device("cuda", torch.cuda.current_device())
