@@ -172,6 +172,6 @@ class _LinearKLDivergence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grads = [None if g is None else g * grad_output.to(g.dtype) for g in ctx.saved_tensors]
         return (*grads, None, None, None, None, None, None)

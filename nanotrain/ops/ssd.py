@@ -96,7 +96,7 @@ def _scan(
 
     to_end = (decay_from_start[..., -1:] - decay_from_start).exp()
     from_start = decay_from_start.exp()
-    if borders.reaches_end is not None:
+    if borders.reaches_end is not None and borders.reached_from_start is not None:
         to_end, from_start = to_end * borders.reaches_end, from_start * borders.reached_from_start
     added = (xdt * to_end[..., None, :]).flatten(3, 4) @ Bs  # [b c G RP N]
     before, final_state = _pass_states(added, from_start[..., -1], initial_state)
@@ -146,7 +146,7 @@ class _WithinChunks(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         xdt, scores, decay, weights = ctx.saved_tensors
         (grad_y,) = grad_outputs
         grad_xdt = grad_y @ weights
