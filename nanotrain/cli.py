@@ -14,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from nanotrain.config.errors import UserError
+from nanotrain.runtime.signals import Preempted
 
 if TYPE_CHECKING:
     from nanotrain.config.load import LoadedRecipe
@@ -132,6 +133,20 @@ def _flags_first(argv: list[str]) -> list[str]:
 
 
 def _run(options: argparse.Namespace) -> int:
+    """Run with the signals of a scheduler caught from the first moment: the imports alone take seconds."""
+    previous = {number: signal.signal(number, _terminate) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        return _run_recipes(options)
+    except (Preempted, _Terminated, KeyboardInterrupt) as stop:
+        reason = str(stop) or "stopped; finished work is saved, and the same command continues."
+        print(f"nanotrain: {reason}", file=sys.stderr)
+        return EXIT_PREEMPTED
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _run_recipes(options: argparse.Namespace) -> int:
     from nanotrain.config.load import expand_sweeps, load_recipe
 
     if options.multirun:
@@ -172,19 +187,9 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def _run_one(recipe: "LoadedRecipe", force: bool | str) -> int:
     from nanotrain.pipeline.run import run_pipeline
     from nanotrain.runtime.logging import set_up_logging
-    from nanotrain.runtime.signals import Preempted
 
     set_up_logging()
-    previous = {number: signal.signal(number, _terminate) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        run_pipeline(recipe, _stages, report=_build_report, force=force)
-    except (Preempted, _Terminated, KeyboardInterrupt) as stop:
-        reason = str(stop) or "stopped; finished work is saved, and the same command continues."
-        print(f"nanotrain: {reason}", file=sys.stderr)
-        return EXIT_PREEMPTED
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    run_pipeline(recipe, _stages, report=_build_report, force=force)
     print(recipe.output_dir / "report.html")
     return 0
 

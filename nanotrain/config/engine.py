@@ -40,6 +40,7 @@ class ConvKernel(str, Enum):
 class GatedNormKernel(str, Enum):
     auto = "auto"
     torch = "torch"
+    triton = "triton"
     mamba_ssm = "mamba_ssm"
 
 

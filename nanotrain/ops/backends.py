@@ -19,6 +19,7 @@ from nanotrain.runtime.logging import log_once
 
 AUTO, TORCH = "auto", "torch"
 
+TRITON_INSTALL = "pip install triton"
 MAMBA_INSTALL = 'pip install "mamba-ssm[causal-conv1d]" --no-build-isolation'
 
 
@@ -31,6 +32,12 @@ class Kernel:
     install: str
     """The command that installs it."""
     load: Callable[[], Callable[..., Any]]
+
+
+def _triton_gated_norm() -> Callable[..., Any]:
+    from nanotrain.ops.gpu.gated_norm_triton import grouped_gated_rms_norm
+
+    return grouped_gated_rms_norm
 
 
 def _mamba_ssm_ssd() -> Callable[..., Any]:
@@ -128,20 +135,25 @@ def load_fp8_products(precision: Precision, device: torch.device) -> QuantizedPr
 
 
 KERNELS: dict[str, dict[str, Kernel]] = {
-    "ssd": {"mamba_ssm": Kernel("mamba_ssm", MAMBA_INSTALL, _mamba_ssm_ssd)},
+    "ssd": {
+        "mamba_ssm": Kernel("mamba_ssm", MAMBA_INSTALL, _mamba_ssm_ssd),
+    },
     "causal_conv1d": {
         "causal_conv1d": Kernel("causal_conv1d", "pip install causal-conv1d --no-build-isolation", _causal_conv1d)
     },
-    "gated_rms_norm": {"mamba_ssm": Kernel("mamba_ssm", MAMBA_INSTALL, _mamba_ssm_gated_norm)},
-    "rms_norm": {"triton": Kernel("triton", "pip install triton", _triton_rms_norm)},
+    "gated_rms_norm": {
+        "triton": Kernel("triton", TRITON_INSTALL, _triton_gated_norm),
+        "mamba_ssm": Kernel("mamba_ssm", MAMBA_INSTALL, _mamba_ssm_gated_norm),
+    },
+    "rms_norm": {"triton": Kernel("triton", TRITON_INSTALL, _triton_rms_norm)},
     "attention": {
         "cudnn": Kernel("torch", "pip install torch", _cudnn_attention),
         "flash": Kernel("torch", "pip install torch", _flash_attention),
     },
-    "squared_relu": {"triton": Kernel("triton", "pip install triton", _triton_squared_relu)},
-    "cross_entropy": {"triton": Kernel("triton", "pip install triton", _triton_cross_entropy)},
-    "kl_divergence": {"triton": Kernel("triton", "pip install triton", _triton_kl_divergence)},
-    "adamw": {"triton": Kernel("triton", "pip install triton", _triton_adamw)},
+    "squared_relu": {"triton": Kernel("triton", TRITON_INSTALL, _triton_squared_relu)},
+    "cross_entropy": {"triton": Kernel("triton", TRITON_INSTALL, _triton_cross_entropy)},
+    "kl_divergence": {"triton": Kernel("triton", TRITON_INSTALL, _triton_kl_divergence)},
+    "adamw": {"triton": Kernel("triton", TRITON_INSTALL, _triton_adamw)},
 }
 """Op -> kernels, fastest first; `torch` is always there."""
 

@@ -66,7 +66,7 @@ class _ShiftedProducts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, taps, y, *same = ctx.saved_tensors
         grad = torch.ops.aten.silu_backward(grad_outputs[0], y)
         grad_x = grad * taps[:, 0]

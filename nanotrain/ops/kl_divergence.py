@@ -201,7 +201,7 @@ class _LinearKLDivergence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         assert ctx.gradients, "linear losses go backward once: their gradients are scaled in place"
         gradients, ctx.gradients = ctx.gradients, []
         return (*scale_gradients(gradients, grad_output), None, None, None, None, None, None)

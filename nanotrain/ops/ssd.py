@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 from nanotrain.ops.backends import kernel_for
 from nanotrain.ops.segments import segment_indices
 
+_KERNEL_STATE_SIZES = (16, 32, 64, 128, 256)
+
 
 def ssd_scan(
     x: Tensor,
@@ -51,7 +53,7 @@ def ssd_scan(
         y [B, S, H, P] in x's dtype, and the state after the last position [B, H, P, N] in the inner dtype.
     """
     kernel = kernel_for("ssd", x)
-    if kernel is not None:
+    if kernel is not None and x.shape[-1] >= 16 and B.shape[-1] in _KERNEL_STATE_SIZES:
         return kernel(x, dt, A, B, C, D, chunk_size=chunk_size, segment_ids=segment_ids, initial_state=initial_state)
     dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
@@ -94,7 +96,7 @@ def _scan(
 
     to_end = (decay_from_start[..., -1:] - decay_from_start).exp()
     from_start = decay_from_start.exp()
-    if borders.reaches_end is not None:
+    if borders.reaches_end is not None and borders.reached_from_start is not None:
         to_end, from_start = to_end * borders.reaches_end, from_start * borders.reached_from_start
     added = (xdt * to_end[..., None, :]).flatten(3, 4) @ Bs  # [b c G RP N]
     before, final_state = _pass_states(added, from_start[..., -1], initial_state)
@@ -144,7 +146,7 @@ class _WithinChunks(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         xdt, scores, decay, weights = ctx.saved_tensors
         (grad_y,) = grad_outputs
         grad_xdt = grad_y @ weights

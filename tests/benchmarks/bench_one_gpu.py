@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nanotrain.config.engine import EngineConfig, KernelsConfig, Precision
+from nanotrain.config.engine import EngineConfig, KernelsConfig, Precision, SsdKernel
 from nanotrain.config.model import ModelConfig
 from nanotrain.engines.precision import apply_precision
 from nanotrain.engines.root import TrainingRoot
@@ -206,13 +206,15 @@ def compare_models(part: str, config: ModelConfig, precision: str, options: argp
         if name == "peer":
             steps[name] = options.peer.step_of(model, batch.input_ids, batch.labels)
         else:
-            steps[name] = our_step(model, precision, bf16_layers, batch, device, KernelsConfig())
+            kernels = KernelsConfig(ssd=SsdKernel(options.ssd))
+            steps[name] = our_step(model, precision, bf16_layers, batch, device, kernels)
     clocks, first, peak = {name: Clock(device) for name in steps}, {}, {}
     order = list(steps)
     for round_ in range(options.warmup + options.rounds):
         order = [*order[1:], order[0]]
         for name in order:
-            free()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
             clocks[name].run(steps[name])
             first.setdefault(name, time.perf_counter() - start)
@@ -316,6 +318,7 @@ def main() -> None:
     parser.add_argument("--bf16-layers", type=int, default=0, help="layers at each end that FP8 leaves in bf16")
     parser.add_argument("--chunks", type=int, nargs="*", default=[128])
     parser.add_argument("--cores", nargs="*", default=["auto"], help="values of engine.kernels.ssd")
+    parser.add_argument("--ssd", default="auto", help="engine.kernels.ssd of our model")
     parser.add_argument("--alone", action="store_true", help="without the peer")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()

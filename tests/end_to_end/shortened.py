@@ -46,7 +46,7 @@ def start(output_dir: Path, *words: str) -> subprocess.Popen[str]:
 
 
 def without_clocks(value: Any) -> Any:
-    """Drop what differs between two equal runs: times, memory, speed, and digests of files that hold them."""
+    """Drop what differs between two equal runs: times, memory, speed, digests of files that hold them, and paths."""
     clocks = (
         "seconds",
         "memory",
@@ -56,6 +56,7 @@ def without_clocks(value: Any) -> Any:
         "time",
         "unix",
         "output_dir",
+        "path",
         "attempt",
     )
     if isinstance(value, dict):

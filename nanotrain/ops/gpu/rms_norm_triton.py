@@ -30,9 +30,10 @@ def _backward(
     inside = columns < width
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     grad_weight = tl.zeros((BLOCK,), dtype=tl.float32)
-    first = program * rows_per_program
-    for row in range(first, tl.minimum(first + rows_per_program, rows)):
-        at = row.to(tl.int64) * width + columns
+    first = program.to(tl.int64) * rows_per_program
+    for i in range(tl.minimum(rows_per_program, rows - first)):
+        row = first + i
+        at = row * width + columns
         scale = tl.load(scale_ptr + row)
         normed = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) * scale
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)

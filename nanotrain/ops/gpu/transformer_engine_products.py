@@ -1,7 +1,7 @@
 """FP8 quantisers and GEMMs of Transformer Engine, without its modules: the weights stay plain parameters."""
 
 import torch
-import transformer_engine.pytorch  # noqa: F401, I001 # pyright: ignore[reportMissingImports] (loads the next module's library)
+import transformer_engine.pytorch  # noqa: F401 # pyright: ignore[reportMissingImports] (it loads the next one's library)
 import transformer_engine_torch as tex  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from transformer_engine.pytorch.cpp_extensions import general_gemm  # pyright: ignore[reportMissingImports]
