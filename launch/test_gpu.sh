@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs the tests that need one GPU, and checks that the benchmark scripts start. Takes under 8 minutes on one H200.
+# Runs the tests that need one GPU. Takes under 8 minutes on one H200.
 # Usage: bash launch/test_gpu.sh [argument of pytest ...]      PYTHON=python3 uses an environment that is there already
-# A kernel library that is not installed skips its tests, by name; the README lists what to install.
+# A kernel library that is not installed skips its tests, by name: pip install --no-build-isolation -e '.[gpu]'
 set -euo pipefail
 if [[ -n ${PYTHON:-} ]]; then
   cd "$(dirname "${BASH_SOURCE[0]}")/.."

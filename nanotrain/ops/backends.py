@@ -19,7 +19,6 @@ from nanotrain.runtime.logging import log_once
 
 AUTO, TORCH = "auto", "torch"
 
-TRITON_INSTALL = "pip install triton"
 MAMBA_INSTALL = 'pip install "mamba-ssm[causal-conv1d]" --no-build-isolation'
 
 
@@ -142,18 +141,18 @@ KERNELS: dict[str, dict[str, Kernel]] = {
         "causal_conv1d": Kernel("causal_conv1d", "pip install causal-conv1d --no-build-isolation", _causal_conv1d)
     },
     "gated_rms_norm": {
-        "triton": Kernel("triton", TRITON_INSTALL, _triton_gated_norm),
+        "triton": Kernel("triton", "pip install triton", _triton_gated_norm),
         "mamba_ssm": Kernel("mamba_ssm", MAMBA_INSTALL, _mamba_ssm_gated_norm),
     },
-    "rms_norm": {"triton": Kernel("triton", TRITON_INSTALL, _triton_rms_norm)},
+    "rms_norm": {"triton": Kernel("triton", "pip install triton", _triton_rms_norm)},
     "attention": {
         "cudnn": Kernel("torch", "pip install torch", _cudnn_attention),
         "flash": Kernel("torch", "pip install torch", _flash_attention),
     },
-    "squared_relu": {"triton": Kernel("triton", TRITON_INSTALL, _triton_squared_relu)},
-    "cross_entropy": {"triton": Kernel("triton", TRITON_INSTALL, _triton_cross_entropy)},
-    "kl_divergence": {"triton": Kernel("triton", TRITON_INSTALL, _triton_kl_divergence)},
-    "adamw": {"triton": Kernel("triton", TRITON_INSTALL, _triton_adamw)},
+    "squared_relu": {"triton": Kernel("triton", "pip install triton", _triton_squared_relu)},
+    "cross_entropy": {"triton": Kernel("triton", "pip install triton", _triton_cross_entropy)},
+    "kl_divergence": {"triton": Kernel("triton", "pip install triton", _triton_kl_divergence)},
+    "adamw": {"triton": Kernel("triton", "pip install triton", _triton_adamw)},
 }
 """Op -> kernels, fastest first; `torch` is always there."""
 

@@ -144,7 +144,7 @@ class _QuantizedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         weight, *saved = ctx.saved_tensors
         products = ctx.copy.products
         grad = grad_outputs[0].reshape(-1, weight.shape[0])

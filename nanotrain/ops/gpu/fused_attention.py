@@ -10,6 +10,8 @@ from torch.nn.attention.varlen import varlen_attn
 
 from nanotrain.ops.segments import segment_indices
 
+_OTHERS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
 
 def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor | None) -> Tensor:
     """Causal attention of [B, S, H, Dh] in bf16 or fp16; key heads are not repeated in memory."""
@@ -24,7 +26,9 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor | None)
 def _attention(q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor | None, backend: SDPBackend) -> Tensor:
     if segment_ids is not None:
         return _packed(q, k, v, segment_ids)
-    with sdpa_kernel(backend):
+    with sdpa_kernel(
+        [backend, *(other for other in _OTHERS if other is not backend)], set_priority=True
+    ):  # the others for shapes that it does not take
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=q.shape[2] != k.shape[2]
         )
