@@ -1,6 +1,6 @@
-"""The quickstart's pretraining on the CPU with every form of AdamW: held-out loss after the same 400 steps.
+"""The quickstart's pretraining on the CPU with every form of AdamW: held-out loss after the same steps.
 
-    python -m tests.benchmarks.bench_optimizer_parity OUT.jsonl PREPARED_FOLDER FORM ...      (each some minutes on one core)
+    python -m tests.benchmarks.bench_optimizer_parity OUT.jsonl PREPARED_FOLDER STEPS FORM ...      (400 steps: some minutes on one core)
 
 All forms multiply in fp32, so that only the optimizer differs. bf16 weights live beside the model: gradients are rounded to
 bf16, the update is the optimizer's own, and the model computes with the rounded weights.
@@ -36,7 +36,9 @@ FORMS = {
 
 
 class ShadowEngine(TorchEngine):
-    """Keeps bf16 weights beside an fp32 model and updates those."""
+    """Keeps bf16 weights beside an fp32 model and updates those, once `use` was called."""
+
+    shadow: dict[str, torch.nn.Parameter] | None = None
 
     def use(self, optimizer: OptimizerConfig) -> None:
         self.shadow = {name: torch.nn.Parameter(p.detach().clone()) for name, p in self._model.named_parameters()}
@@ -52,6 +54,8 @@ class ShadowEngine(TorchEngine):
             parameter.copy_(self.shadow[name])
 
     def _update(self, loss: float) -> tuple[float, bool]:
+        if self.shadow is None:
+            return super()._update(loss)
         for name, parameter in self._model.named_parameters():
             self.shadow[name].grad = parameter.grad.to(self.shadow[name].dtype)
             parameter.grad = None
@@ -62,11 +66,13 @@ class ShadowEngine(TorchEngine):
         return result
 
 
-def run(form: str, prepared: Path, out: Path) -> None:
+def run(form: str, prepared: Path, out: Path, steps: int) -> None:
     states, weights, seed = FORMS[form]
     stage = load_recipe("recipes/quickstart/pretrain.yaml").entries[0].config.stage
     assert isinstance(stage, PretrainConfig)
     training = stage.training
+    training.steps = steps
+    training.schedule.warmup_steps, training.schedule.decay_steps = steps // 20, steps * 3 // 10
     optimizer = OptimizerConfig(state_dtype=states, parameter_dtype=weights)
     training.optimizer = optimizer if weights is ParameterDtype.fp32 else OptimizerConfig()
     engine = ShadowEngine(
@@ -88,12 +94,12 @@ def run(form: str, prepared: Path, out: Path) -> None:
         micro_batch_size=training.micro_batch_size, max_tokens=20480,
     )  # fmt: skip
     write(out, {
-        "form": form, "held_out": scores["loss"], "bits_per_byte": scores["average"],
+        "form": form, "steps": steps, "held_out": scores["loss"], "bits_per_byte": scores["average"],
         "train_last_50": sum(losses[-50:]) / 50, "seconds": time.perf_counter() - started,
         "curve": [round(sum(losses[i : i + 20]) / 20, 4) for i in range(0, len(losses), 20)],
     })  # fmt: skip
 
 
 if __name__ == "__main__":
-    for chosen in sys.argv[3:]:
-        run(chosen, Path(sys.argv[2]), Path(sys.argv[1]))
+    for chosen in sys.argv[4:]:
+        run(chosen, Path(sys.argv[2]), Path(sys.argv[1]), int(sys.argv[3]))
