@@ -28,7 +28,8 @@ class StepResult:
     num_tokens: int
     """Sum of the denominators: what counted in the loss."""
     skipped: bool
-    """The loss or the gradient was not finite; weights and optimizer are as before the step."""
+    """The loss or the gradient was not finite; weights and optimizer are as before the step. With the optimizer in the
+    backward pass, a gradient may be found so after the layers above it were updated (engines/optimizer_in_backward.py)."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The loss's own metrics, each sum over count."""
 
