@@ -1,9 +1,10 @@
 """Which engine runs the model, on what device, in what precision."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from nanotrain.config.errors import UserError
+from nanotrain.config.model import ATTENTION, MAMBA, MLP
 
 
 class EngineKind(str, Enum):
@@ -20,6 +21,77 @@ class Precision(str, Enum):
     auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
+    fp8_blockwise = "fp8_blockwise"
+    fp8_current = "fp8_current"
+
+
+class SsdKernel(str, Enum):
+    auto = "auto"
+    torch = "torch"
+    mamba_ssm = "mamba_ssm"
+
+
+class ConvKernel(str, Enum):
+    auto = "auto"
+    torch = "torch"
+    causal_conv1d = "causal_conv1d"
+
+
+class GatedNormKernel(str, Enum):
+    auto = "auto"
+    torch = "torch"
+    triton = "triton"
+    mamba_ssm = "mamba_ssm"
+
+
+class AttentionKernel(str, Enum):
+    auto = "auto"
+    torch = "torch"
+    cudnn = "cudnn"
+    flash = "flash"
+
+
+class FusedKernel(str, Enum):
+    auto = "auto"
+    torch = "torch"
+    triton = "triton"
+
+
+@dataclass
+class KernelsConfig:
+    """One switch per op. auto = the fastest that is installed on a GPU, plain torch on the CPU."""
+
+    ssd: SsdKernel = SsdKernel.auto
+    """State space scan of Mamba-2."""
+    causal_conv1d: ConvKernel = ConvKernel.auto
+    gated_rms_norm: GatedNormKernel = GatedNormKernel.auto
+    rms_norm: FusedKernel = FusedKernel.auto
+    attention: AttentionKernel = AttentionKernel.auto
+    """Packed documents run through flash attention under both cudnn and flash."""
+    squared_relu: FusedKernel = FusedKernel.auto
+    cross_entropy: FusedKernel = FusedKernel.auto
+    """Softmax and gradient of a chunk of logits."""
+    kl_divergence: FusedKernel = FusedKernel.auto
+    adamw: FusedKernel = FusedKernel.auto
+    """The update of low-precision states or weights, or in the backward pass; fp32 AdamW is torch's own fused kernel."""
+
+    def choices(self) -> dict[str, str]:
+        """Return op -> wanted kernel."""
+        return {op: kernel.value for op, kernel in self.__dict__.items()}
+
+
+@dataclass
+class ActivationCheckpointingConfig:
+    """Kinds of layers that keep only their input in the forward pass and run again in the backward pass."""
+
+    mamba: bool = False
+    mlp: bool = False
+    attention: bool = False
+
+    def layer_kinds(self) -> frozenset[str]:
+        """Return the letters of the checkpointed layers in `hybrid_layer_pattern`."""
+        chosen = {MAMBA: self.mamba, MLP: self.mlp, ATTENTION: self.attention}
+        return frozenset(kind for kind, checkpointed in chosen.items() if checkpointed)
 
 
 @dataclass
@@ -30,14 +102,26 @@ class EngineConfig:
     device: Device = Device.auto
     """auto = cuda when there is one, else cpu."""
     precision: Precision = Precision.auto
-    """Matrix products in fp32 or bf16 (autocast; parameters and optimizer states stay fp32).
-    auto = bf16 where the device has bf16 matrix instructions, else fp32."""
+    """Matrix products in fp32, bf16 (autocast) or FP8; parameters have the same names and dtypes in all of them.
+    auto = bf16 where the device has bf16 matrix instructions, else fp32. fp8_blockwise is the published run's: E4M3,
+    weights in 128 x 128 blocks, activations and gradients in 1 x 128 tiles; fp8_current scales whole tensors, with E5M2
+    gradients. In both, embedding, output head and the layers named below stay in bf16."""
+    fp8_bf16_first_layers: int = 2
+    """FP8 only: so many layers at the start multiply in bf16 (published: the first four linears, which are two layers)."""
+    fp8_bf16_last_layers: int = 2
+    """FP8 only: so many layers at the end multiply in bf16."""
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    activation_checkpointing: ActivationCheckpointingConfig = field(default_factory=ActivationCheckpointingConfig)
+    """Trades time for memory; gradients stay the same bit for bit."""
     threads: int = 0
     """CPU threads of torch; 0 = torch's own choice."""
 
     def validate(self, path: str) -> None:
         if self.threads < 0:
             raise UserError(f"`{path}.threads` ({self.threads}) must not be negative; 0 leaves the choice to torch.")
+        for name in ("fp8_bf16_first_layers", "fp8_bf16_last_layers"):
+            if self.__dict__[name] < 0:
+                raise UserError(f"`{path}.{name}` ({self.__dict__[name]}) must not be negative; 0 = no layer.")
 
 
 class TrackerKind(str, Enum):

@@ -57,6 +57,21 @@ class OptimizerKind(str, Enum):
     adamw = "adamw"
 
 
+class StateDtype(str, Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    int8 = "int8"
+
+
+class ParameterDtype(str, Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+MAX_BETA_OF_BF16_STATES = 0.99
+"""bf16 keeps 8 bits: an average that moves by less than 2^-9 of the difference a step would stand still."""
+
+
 @dataclass
 class OptimizerConfig:
     """AdamW with the published betas and weight decay; epsilon is Megatron's default (not published)."""
@@ -69,6 +84,15 @@ class OptimizerConfig:
     """Not applied to 1-D parameters (norms, A_log, D, dt_bias, convolution bias)."""
     gradient_clip: float = 1.0
     """Global L2 norm; 0 switches clipping off."""
+    state_dtype: StateDtype = StateDtype.fp32
+    """Of both moments: 8, 4 or 2.03 bytes a parameter. int8 = blocks of 256 values with one scale (arXiv:2110.02861);
+    tensors of less than 4,096 values keep fp32. The published run has fp32."""
+    parameter_dtype: ParameterDtype = ParameterDtype.fp32
+    """Of weights and gradients. bf16 = no fp32 master weights: updates are rounded stochastically, with noise keyed by
+    tensor and step; A_log, D and dt_bias stay fp32. The published run has fp32 masters."""
+    in_backward: bool = False
+    """Update each tensor as soon as its gradient is ready, and free the gradient: no gradient is kept for a whole model.
+    Neither clipping by the global norm nor accumulation over micro-batches is possible then."""
 
     def validate(self, path: str) -> None:
         for name in ("beta1", "beta2"):
@@ -79,6 +103,17 @@ class OptimizerConfig:
                 raise UserError(f"`{path}.{name}` ({self.__dict__[name]}) must not be negative.")
         if self.epsilon <= 0:
             raise UserError(f"`{path}.epsilon` ({self.epsilon}) must be greater than 0.")
+        if self.in_backward and self.gradient_clip > 0:
+            raise UserError(
+                f"`{path}.in_backward` updates weights before the global norm is known, so it cannot clip by it; set"
+                f" `{path}.gradient_clip` ({self.gradient_clip}) to 0 or `in_backward` to false."
+            )
+        beta = max(self.beta1, self.beta2)
+        if self.state_dtype is StateDtype.bf16 and beta > MAX_BETA_OF_BF16_STATES:
+            raise UserError(
+                f"`{path}.state_dtype` (bf16) cannot hold averages with a beta of {beta}: its 8 bits lose steps that small;"
+                f" use fp32 or int8, or betas of at most {MAX_BETA_OF_BF16_STATES}."
+            )
 
 
 @dataclass
@@ -136,4 +171,10 @@ class TrainingConfig:
             raise UserError(
                 f"`{path}.global_batch_size` ({self.global_batch_size}) must be divisible by `micro_batch_size`"
                 f" ({self.micro_batch_size}) x dp_size ({dp_size}); use {ways}."
+            )
+        if self.optimizer.in_backward and self.global_batch_size > unit:
+            raise UserError(
+                f"`{path}.optimizer.in_backward` updates weights in every backward pass, so it cannot accumulate:"
+                f" `{path}.global_batch_size` ({self.global_batch_size}) must equal `micro_batch_size`"
+                f" ({self.micro_batch_size}) x dp_size ({dp_size}); set it to {unit} or `in_backward` to false."
             )

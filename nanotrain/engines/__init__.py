@@ -15,7 +15,8 @@ def build_engine(config: EngineConfig, model: "HybridModel", training: TrainingC
 
     Args:
         config: kind, device, precision, threads.
-        model: weights in fp32; moved to the engine's device.
+        model: weights in fp32; moved to the engine's device and cast to its dtype. Built under `torch.device("meta")` it
+            gets its storage there, and its weights by `init_weights` or `load_hf`.
         training: optimizer settings; None = an engine that never trains (teacher, evaluation), without optimizer states.
 
     Raises:

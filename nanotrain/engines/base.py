@@ -28,7 +28,8 @@ class StepResult:
     num_tokens: int
     """Sum of the denominators: what counted in the loss."""
     skipped: bool
-    """The loss or the gradient was not finite; weights and optimizer are as before the step."""
+    """The loss or the gradient was not finite; weights and optimizer are as before the step. With the optimizer in the
+    backward pass, a gradient may be found so after the layers above it were updated (engines/optimizer_in_backward.py)."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The loss's own metrics, each sum over count."""
 
@@ -70,6 +71,10 @@ class Engine(ABC):
     @abstractmethod
     def inference_model(self) -> AbstractContextManager[HybridModel]:
         """Yield the model in eval mode, for the sampler and for pruning's capture."""
+
+    @abstractmethod
+    def init_weights(self, seed: int) -> None:
+        """Draw all weights (model/initialization.py); a model built on the meta device has none before."""
 
     @abstractmethod
     def load_hf(self, folder: Path) -> None:

@@ -28,11 +28,15 @@ def choose_device(device: Device) -> torch.device:
 def choose_autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
     """Return the dtype of autocast, None for fp32; `auto` = bf16 where the device multiplies bf16 matrices natively.
 
+    FP8 concerns linear layers only (engines/precision.py); all else runs as under bf16.
+
     Raises:
         UserError: bf16 is asked for on a GPU without it.
     """
     if precision is Precision.fp32:
         return None
+    if precision in (Precision.fp8_blockwise, Precision.fp8_current):
+        return torch.bfloat16
     native = has_bf16_matrix_instructions(device)
     if precision is Precision.bf16 and device.type == "cuda" and not native:
         raise UserError(
@@ -64,5 +68,7 @@ def prepare_device(config: EngineConfig) -> tuple[torch.device, torch.dtype | No
     device = choose_device(config.device)
     dtype = choose_autocast_dtype(config.precision, device)
     products = "fp32" if dtype is None else "bf16 (autocast)"
+    if config.precision in (Precision.fp8_blockwise, Precision.fp8_current):
+        products = config.precision.value
     log_once(f"engine torch: {device}, products in {products}, parameters in fp32, {torch.get_num_threads()} threads")
     return device, dtype

@@ -1,4 +1,4 @@
-"""Plain torch in one process: fp32 parameters and states, products in fp32 or bf16 autocast."""
+"""Plain torch in one process: products in fp32, bf16 autocast or FP8; weights and states as the optimizer section says."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,14 +14,20 @@ from nanotrain.checkpoint.provenance import Provenance
 from nanotrain.config.engine import EngineConfig
 from nanotrain.config.training import TrainingConfig
 from nanotrain.engines.base import Engine, StepResult
+from nanotrain.engines.optimizer_in_backward import OptimizerInBackward
+from nanotrain.engines.out_of_memory import OutOfMemoryAdvice
+from nanotrain.engines.parameters import global_norm, parameter_dtype, place_model, weight_copies_of
+from nanotrain.engines.precision import apply_precision
 from nanotrain.engines.root import TrainingRoot
 from nanotrain.engines.torch_device import prepare_device
 from nanotrain.losses.base import LossFn, LossOutput
 from nanotrain.model.batch import MicroBatch
 from nanotrain.model.head import HeadWeight
 from nanotrain.model.hybrid import HybridModel
+from nanotrain.ops.backends import choose_kernels
 from nanotrain.ops.linear_cross_entropy import token_log_probabilities
 from nanotrain.optim.adamw import build_adamw
+from nanotrain.optim.low_precision_adamw import LowPrecisionAdamW
 
 MODEL_FILE, OPTIMIZER_FILE, RANDOM_FILE = "model.safetensors", "optimizer.pt", "random.pt"
 
@@ -35,39 +41,64 @@ class TorchEngine(Engine):
     def __init__(self, config: EngineConfig, model: HybridModel, training: TrainingConfig | None = None) -> None:
         self.device, self._autocast_dtype = prepare_device(config)
         self.model_config = model.config
-        self._model = model.to(self.device)
-        self._root = TrainingRoot(self._model)
-        self._optimizer: torch.optim.AdamW | None = None
-        if training is not None:
+        choose_kernels(config.kernels.choices(), self.device)
+        self._weight_copies = apply_precision(model, config, self.device, self._autocast_dtype)
+        self._advice = OutOfMemoryAdvice(config, model.config, training, self.device)
+        self._optimizer: torch.optim.AdamW | LowPrecisionAdamW | None = None
+        self._in_backward: OptimizerInBackward | None = None
+        with self._advice:
+            self._model = place_model(model, self.device, parameter_dtype(training, self._autocast_dtype))
+            self._root = TrainingRoot(self._model)
+            if training is None:
+                self._model.eval().requires_grad_(False)
+                return
+            training.validate_batch("stage.training", self.dp_size)
             self._model.train()
+            self._model.checkpointed_kinds = config.activation_checkpointing.layer_kinds()
             self._clip = training.optimizer.gradient_clip
             self._optimizer = build_adamw(model.named_parameters(), training.optimizer, training.learning_rate)
-        else:
-            self._model.eval().requires_grad_(False)
+        if training.optimizer.in_backward:
+            assert isinstance(self._optimizer, LowPrecisionAdamW)
+            self._in_backward = OptimizerInBackward(self._optimizer, weight_copies_of(self._model))
 
     def train_step(self, microbatches: Sequence[MicroBatch], loss_fn: LossFn, learning_rate: float) -> StepResult:
         assert self._optimizer is not None, "this engine was built without `training`"
+        assert self._in_backward is None or len(microbatches) == 1, (
+            "the optimizer in the backward pass cannot accumulate"
+        )
         # Counted where the loader left the labels, before the first forward: the device is not waited for.
         num_tokens = sum(int(loss_fn.denominator(batch)) for batch in microbatches)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
         sums = _Sums()
-        for batch in microbatches:
-            with self._autocast():
-                output = self._root(batch.to(self.device), loss_fn)
-            (output.loss_sum / max(num_tokens, 1)).backward()
-            sums.add(output)
-        loss = sums.loss_sum / max(num_tokens, 1)
-        gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        with self._advice:
+            for batch in microbatches:
+                with self._autocast():
+                    output = self._root(batch.to(self.device), loss_fn)
+                if self._in_backward is not None:
+                    self._in_backward.begin(output.loss_sum)
+                (output.loss_sum / max(num_tokens, 1)).backward()
+                sums.add(output)
+            loss = sums.loss_sum / max(num_tokens, 1)
+            if self._in_backward is not None:
+                grad_norm, skipped = self._in_backward.finish()
+            else:
+                grad_norm, skipped = self._update(loss)
+        self._drop_weight_copies()
+        return StepResult(loss, grad_norm, num_tokens, skipped, sums.metrics())
+
+    def _update(self, loss: float) -> tuple[float, bool]:
+        """Clip and update from the gradients of all weights; return their norm and whether the step was skipped."""
+        assert self._optimizer is not None
+        norm = global_norm([p.grad for p in self._model.parameters() if p.grad is not None])
         grad_norm = float(norm)
         skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
         if not skipped:
             if self._clip > 0:
                 torch.nn.utils.clip_grads_with_norm_(self._model.parameters(), self._clip, norm)
-            for group in self._optimizer.param_groups:
-                group["lr"] = learning_rate
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, grad_norm, num_tokens, skipped, sums.metrics())
+        return grad_norm, skipped
 
     @torch.no_grad()
     def evaluate(self, microbatches: Iterable[MicroBatch], loss_fn: LossFn) -> dict[str, float]:
@@ -97,6 +128,10 @@ class TorchEngine(Engine):
     def inference_model(self) -> Iterator[HybridModel]:
         with self._eval_mode():
             yield self._model
+
+    def init_weights(self, seed: int) -> None:
+        self._model.init_weights(seed)
+        self._drop_weight_copies()
 
     def load_hf(self, folder: Path) -> None:
         self._model.load_state_dict(load_state_dict(folder))
@@ -133,6 +168,11 @@ class TorchEngine(Engine):
         torch.set_rng_state(random["cpu"])
         if self.device.type == "cuda" and "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"], self.device)
+
+    def _drop_weight_copies(self) -> None:
+        """Drop the FP8 and bf16 copies, which are of the weights before they changed."""
+        for copy in self._weight_copies:
+            copy.drop()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self._autocast_dtype, enabled=self._autocast_dtype is not None)

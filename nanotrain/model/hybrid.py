@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nanotrain.config.model import ATTENTION, MAMBA, MLP, ModelConfig
 from nanotrain.model import initialization
@@ -55,6 +57,8 @@ class HybridModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointed_kinds: frozenset[str] = frozenset()
+        """Letters of layers whose activations are made again in the backward pass; the engine's choice."""
         self.backbone = Backbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._tie()
@@ -104,8 +108,12 @@ class HybridModel(nn.Module):
         assert segment_ids is None or cache is None, "a cache holds one document a row"
         assert num_valid is None or cache is not None, "padding is for prefill; pack documents by segment_ids instead"
         x = self.backbone.embeddings(input_ids)
-        for block in self.backbone.layers:
-            x = block(x, segment_ids, cache, num_valid)
+        for kind, block in zip(self.config.hybrid_layer_pattern, self.backbone.layers, strict=True):
+            if kind in self.checkpointed_kinds and torch.is_grad_enabled():
+                # Nothing in a block is random, so there is no state of a generator to keep.
+                x = checkpoint(block, x, segment_ids, cache, num_valid, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, segment_ids, cache, num_valid)
         if cache is not None:
             cache.advance(input_ids.shape[1], num_valid)
         return self.backbone.norm_f(x)

@@ -6,6 +6,7 @@ on the device, and a sharded or meta-built model can draw any of them alone.
 
 import hashlib
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +23,24 @@ def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
     divided by sqrt(number of layers), one residual addition a layer. A is uniform in [1, 16], dt log-uniform in
     [dt_init_min, dt_init_max], the convolution uniform in +-1 / sqrt(kernel).
 
+    Tensors are drawn on the CPU, as many at a time as torch has threads, and copied to where and what the model is:
+    beside the model itself only those few exist in fp32.
+
     Args:
         model: a model whose parameters have storage (not meta).
         config: its architecture.
         seed: any integer.
     """
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
+
+    def fill(named: tuple[str, nn.Parameter]) -> None:
+        name, parameter = named
+        with torch.no_grad():
             parameter.copy_(initial_value(name, tuple(parameter.shape), config, seed))
+
+    # One generator draws one number after the other, so a large model needs several of them at once.
+    with ThreadPoolExecutor(min(torch.get_num_threads(), 16)) as pool:
+        for _ in pool.map(fill, model.named_parameters()):
+            pass
 
 
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from nanotrain.config.model import ModelConfig
 from nanotrain.model.cache import HybridCache
+from nanotrain.model.linear import Linear
 from nanotrain.ops.attention import attention
 from nanotrain.ops.causal_conv1d import causal_conv1d
 from nanotrain.ops.rms_norm import grouped_gated_rms_norm, rms_norm
+from nanotrain.ops.squared_relu import squared_relu
 from nanotrain.ops.ssd import ssd_scan, ssd_step
 from nanotrain.planning.parameters import FP32_TENSORS
 
@@ -48,13 +50,13 @@ class MambaMixer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
-        self.in_proj = nn.Linear(config.hidden_size, config.in_proj_size, bias=False)
+        self.in_proj = Linear(config.hidden_size, config.in_proj_size)
         self.conv1d = DepthwiseConv(config.conv_channels, config.conv_kernel)
         self.A_log = nn.Parameter(torch.empty(config.mamba_num_heads))
         self.D = nn.Parameter(torch.empty(config.mamba_num_heads))
         self.dt_bias = nn.Parameter(torch.empty(config.mamba_num_heads))
         self.norm = RMSNorm(config.mamba_inner_size, config.layer_norm_epsilon)
-        self.out_proj = nn.Linear(config.mamba_inner_size, config.hidden_size, bias=False)
+        self.out_proj = Linear(config.mamba_inner_size, config.hidden_size)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MambaMixer":
         """Move or cast, but leave A_log, D and dt_bias at fp32 or more: a rounded A or dt shifts every decay."""
@@ -72,17 +74,24 @@ class MambaMixer(nn.Module):
         self, u: Tensor, segment_ids: Tensor | None, cache: HybridCache | None, num_valid: Tensor | None
     ) -> Tensor:
         """Map [B, S, D] to [B, S, D]; see HybridModel.hidden_states for the arguments."""
+        return self.out_proj(self.between_projections(self.in_proj(u), segment_ids, cache, num_valid))
+
+    def between_projections(
+        self,
+        zxBCdt: Tensor,
+        segment_ids: Tensor | None,
+        cache: HybridCache | None = None,
+        num_valid: Tensor | None = None,
+    ) -> Tensor:
+        """Convolution, scan, gate and norm: [B, S, 2 inner + 2 G N + H] to [B, S, inner]."""
         config = self.config
-        z, xBC, dt = self.in_proj(u).split(
-            [config.mamba_inner_size, config.conv_channels, config.mamba_num_heads], dim=-1
-        )
+        z, xBC, dt = zxBCdt.split([config.mamba_inner_size, config.conv_channels, config.mamba_num_heads], dim=-1)
         wide = torch.promote_types(dt.dtype, torch.float32)
         dt = F.softplus(dt.to(wide) + self.dt_bias)
         if num_valid is not None:  # dt = 0 at padding: it leaves the state as it is
             dt = dt * (torch.arange(dt.shape[1], device=dt.device) < num_valid[:, None])[..., None]
         y = self._scan(xBC, dt, segment_ids, cache, num_valid)
-        y = grouped_gated_rms_norm(y.flatten(2), z, self.norm.weight, config.layer_norm_epsilon, config.n_groups)
-        return self.out_proj(y)
+        return grouped_gated_rms_norm(y.flatten(2), z, self.norm.weight, config.layer_norm_epsilon, config.n_groups)
 
     def _scan(
         self, xBC: Tensor, dt: Tensor, segment_ids: Tensor | None, cache: HybridCache | None, num_valid: Tensor | None
@@ -114,10 +123,10 @@ class AttentionMixer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, config.num_attention_heads * config.head_dim)
+        self.k_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
+        self.v_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
+        self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
 
     def forward(
         self, u: Tensor, segment_ids: Tensor | None, cache: HybridCache | None, num_valid: Tensor | None
@@ -139,9 +148,9 @@ class MLPMixer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         del layer
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, u: Tensor, *_unused: Any) -> Tensor:
         """Map [B, S, D] to [B, S, D]; positions do not meet here."""
-        return self.down_proj(F.relu(self.up_proj(u)).square())
+        return self.down_proj(squared_relu(self.up_proj(u)))

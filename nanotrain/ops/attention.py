@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanotrain.ops.backends import kernel_for
 from nanotrain.ops.segments import segment_indices
 
 
@@ -28,6 +29,9 @@ def attention(
     assert segment_ids is None or num_cached is None, "a cache holds one document a row"
     if num_cached is not None and q.shape[1] == 1:
         return _attention_one_query(q, k, v, num_cached)
+    kernel = kernel_for("attention", q)
+    if kernel is not None and num_cached is None and q.dtype != torch.float32 and q.shape[-1] % 8 == 0:
+        return kernel(q, k, v, segment_ids)
     heads_per_group = q.shape[2] // k.shape[2]
     if heads_per_group > 1:
         k, v = (x.repeat_interleave(heads_per_group, dim=2) for x in (k, v))

@@ -11,16 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nanotrain.ops.backends import kernel_for
 from nanotrain.ops.vocab_chunks import (
     accumulate_weight_gradient,
     accumulation_dtype,
     all_reduce_max,
     all_reduce_sum,
     default_chunk_tokens,
-    logits_of,
     product_dtype,
+    scale_gradients,
     scatter_rows,
     select_rows,
+    weight_gradient_dtype,
+    widened,
 )
 from nanotrain.ops.vocab_shard import VocabShard
 
@@ -100,13 +103,31 @@ class _Result(NamedTuple):
     grad_weight: Tensor | None
 
 
-def _divergence_of_chunk(
-    student_logits: Tensor, teacher_logits: Tensor, vocab_shard: VocabShard | None, gradient_wanted: bool
+def kl_divergence_chunk_ref(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float,
+    vocab_shard: VocabShard | None,
+    gradient_wanted: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return KL [C] and softmax(student) - softmax(teacher) [C, V] (if wanted, else scratch); overwrites both logits.
+    """Return KL [C] of one chunk and the gradient of T^2 KL by the student's logits [C, V]; one MAX and one SUM over ranks.
 
     Maxima are taken off before anything is multiplied: a common offset of the logits would otherwise cost digits.
+
+    Args:
+        student_logits: [C, V], or this rank's columns; may be overwritten, as may the teacher's.
+        teacher_logits: [C, V].
+        temperature: divides both.
+        vocab_shard: where the columns lie.
+        gradient_wanted: False = the second result means nothing.
+
+    Returns:
+        The divergences, and the gradient in the accumulation dtype or that of the logits.
     """
+    student_logits, teacher_logits = widened(student_logits), widened(teacher_logits).to(widened(student_logits).dtype)
+    if temperature != 1.0:
+        student_logits.div_(temperature)
+        teacher_logits.div_(temperature)
     maxima = all_reduce_max(torch.stack([student_logits.amax(-1), teacher_logits.amax(-1)]), vocab_shard)
     student_logits.sub_(maxima[0, :, None])
     teacher_logits.sub_(maxima[1, :, None])
@@ -117,7 +138,15 @@ def _divergence_of_chunk(
     divergence = cross_sums / teacher_sums - teacher_sums.log() + student_sums.log()
     if gradient_wanted:
         student.div_(student_sums[:, None]).sub_(teacher.div_(teacher_sums[:, None]))
+        # d(T^2 KL)/dlogits = T (softmax(student / T) - softmax(teacher / T))
+        if temperature != 1.0:
+            student.mul_(temperature)
     return divergence, student
+
+
+def _kl_divergence_chunk(student_logits: Tensor, teacher_logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    chunk = kernel_for("kl_divergence", student_logits, teacher_logits) or kl_divergence_chunk_ref
+    return chunk(student_logits, teacher_logits, *args)
 
 
 def _loss_and_gradients(
@@ -136,27 +165,27 @@ def _loss_and_gradients(
     kept_teacher = select_rows(teacher.hidden, mask).to(teacher_dtype)
     matrix = weight.to(dtype)
     transposed, teacher_transposed = matrix.t(), teacher.weight.to(teacher_dtype).t()
-    accumulate = accumulation_dtype(dtype)
-    loss_sum = torch.zeros((), dtype=accumulate, device=hidden.device)
+    loss_sum = torch.zeros((), dtype=accumulation_dtype(dtype), device=hidden.device)
     grad_hidden = torch.empty_like(kept_hidden) if wanted[0] else None
-    grad_weight = torch.zeros_like(weight, dtype=accumulate) if wanted[1] else None
+    grad_weight = torch.empty_like(weight, dtype=weight_gradient_dtype(weight, dtype)) if wanted[1] else None
+    if grad_weight is not None and not len(kept_hidden):
+        grad_weight.zero_()
     for i in range(0, len(kept_hidden), chunk_tokens):
         chunk = slice(i, i + chunk_tokens)
-        student_logits = logits_of(kept_hidden[chunk], transposed)
-        teacher_logits = logits_of(kept_teacher[chunk], teacher_transposed).to(accumulate)
-        if temperature != 1.0:
-            student_logits.div_(temperature)
-            teacher_logits.div_(temperature)
-        divergence, grad_logits = _divergence_of_chunk(student_logits, teacher_logits, vocab_shard, any(wanted))
+        divergence, grad_logits = _kl_divergence_chunk(
+            kept_hidden[chunk] @ transposed,
+            kept_teacher[chunk] @ teacher_transposed,
+            temperature,
+            vocab_shard,
+            any(wanted),
+        )
         loss_sum += divergence.sum()
-        if not any(wanted):
-            continue
-        # d(T^2 KL)/dlogits = T (softmax(student / T) - softmax(teacher / T))
-        grad_logits = (grad_logits if temperature == 1.0 else grad_logits.mul_(temperature)).to(dtype)
+        grad_logits = grad_logits.to(dtype)
         if grad_hidden is not None:
-            grad_hidden[chunk] = grad_logits @ matrix
+            torch.mm(grad_logits, matrix, out=grad_hidden[chunk])
         if grad_weight is not None:
-            accumulate_weight_gradient(grad_weight, grad_logits, kept_hidden[chunk])
+            accumulate_weight_gradient(grad_weight, grad_logits, kept_hidden[chunk], first=i == 0)
+        del grad_logits  # or three chunks would exist while the next two are made
     if grad_hidden is not None:
         grad_hidden = scatter_rows(grad_hidden, mask).to(hidden.dtype)
     loss_sum = loss_sum * temperature**2
@@ -167,11 +196,12 @@ class _LinearKLDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         result = _loss_and_gradients(*args)
-        ctx.save_for_backward(result.grad_hidden, result.grad_weight)
+        ctx.gradients = [result.grad_hidden, result.grad_weight]
         return result.loss_sum
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grads = [None if g is None else g * grad_output.to(g.dtype) for g in ctx.saved_tensors]
-        return (*grads, None, None, None, None, None, None)
+        assert ctx.gradients, "linear losses go backward once: their gradients are scaled in place"
+        gradients, ctx.gradients = ctx.gradients, []
+        return (*scale_gradients(gradients, grad_output), None, None, None, None, None, None)

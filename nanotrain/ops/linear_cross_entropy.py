@@ -11,16 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nanotrain.ops.backends import kernel_for
 from nanotrain.ops.vocab_chunks import (
     accumulate_weight_gradient,
     accumulation_dtype,
     all_reduce_max,
     all_reduce_sum,
     default_chunk_tokens,
-    logits_of,
+    local_labels,
     product_dtype,
+    scale_gradients,
     scatter_rows,
     select_rows,
+    weight_gradient_dtype,
+    widened,
 )
 from nanotrain.ops.vocab_shard import VocabShard
 
@@ -94,7 +98,7 @@ def token_log_probabilities(
     transposed = weight.to(dtype).t()
     chunk = chunk_tokens or default_chunk_tokens(weight)
     losses = [
-        _softmax_statistics(kept_hidden[i : i + chunk], transposed, kept_labels[i : i + chunk], vocab_shard).losses
+        _cross_entropy_chunk(kept_hidden[i : i + chunk] @ transposed, kept_labels[i : i + chunk], vocab_shard, False)[0]
         for i in range(0, len(kept_labels), chunk)
     ]
     out = torch.zeros(labels.shape, dtype=accumulation_dtype(dtype), device=hidden.device)
@@ -115,32 +119,43 @@ def token_log_probabilities_ref(
     return picked.where(mask, 0.0)
 
 
-class _Statistics(NamedTuple):
-    losses: Tensor  # [C], over the whole vocabulary
-    exponentials: Tensor  # [C, V_local], exp(logit - maximum over the whole vocabulary)
-    sums: Tensor  # [C], of the exponentials over the whole vocabulary
-    local_labels: Tensor  # [C, 1], row of this rank's weight, clamped into range
-    is_local: Tensor | None  # [C, 1], whether the label is one of this rank's rows; None = all are
+def cross_entropy_chunk_ref(
+    logits: Tensor, labels: Tensor, vocab_shard: VocabShard | None, gradient_wanted: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the losses [C] of one chunk and their gradient by its logits [C, V]; one MAX and one SUM over ranks.
 
+    Args:
+        logits: [C, V], or this rank's columns; may be overwritten.
+        labels: [C], global ids.
+        vocab_shard: where the columns lie.
+        gradient_wanted: False = the second result means nothing.
 
-def _softmax_statistics(
-    hidden: Tensor, transposed_weight: Tensor, labels: Tensor, vocab_shard: VocabShard | None
-) -> _Statistics:
-    """Return the losses of one chunk and what its gradient needs: one MAX and one SUM over ranks under a shard."""
-    logits = logits_of(hidden, transposed_weight)
-    local, is_local = labels[:, None], None
-    if vocab_shard is not None:
-        local = local - vocab_shard.first_row
-        is_local = (local >= 0) & (local < logits.shape[1])
-        local = local.clamp(0, logits.shape[1] - 1)
+    Returns:
+        Losses over the whole vocabulary, and the gradient in the accumulation dtype or that of the logits.
+    """
+    logits = widened(logits)
+    local, is_local = local_labels(labels, logits.shape[1], vocab_shard)
+    local = local[:, None]
     label_logits = logits.gather(1, local)
     maxima = all_reduce_max(logits.amax(-1, keepdim=True), vocab_shard)
     label_logits = label_logits - maxima
     if is_local is not None:
-        label_logits = label_logits * is_local
+        label_logits = label_logits * is_local[:, None]
     exponentials = logits.sub_(maxima).exp_()
     sums, label_logits = all_reduce_sum(torch.stack([exponentials.sum(-1), label_logits[:, 0]]), vocab_shard).unbind()
-    return _Statistics(sums.log() - label_logits, exponentials, sums, local, is_local)
+    losses = sums.log() - label_logits
+    if not gradient_wanted:
+        return losses, exponentials
+    gradient = exponentials.div_(sums[:, None])
+    ones = torch.ones_like(local, dtype=gradient.dtype)
+    return losses, gradient.scatter_add_(1, local, -ones if is_local is None else -ones * is_local[:, None])
+
+
+def _cross_entropy_chunk(
+    logits: Tensor, labels: Tensor, vocab_shard: VocabShard | None, gradient_wanted: bool
+) -> tuple[Tensor, Tensor]:
+    chunk = kernel_for("cross_entropy", logits) or cross_entropy_chunk_ref
+    return chunk(logits, labels, vocab_shard, gradient_wanted)
 
 
 class _Result(NamedTuple):
@@ -166,23 +181,21 @@ def _loss_and_gradients(
     transposed = matrix.t()
     loss_sum = torch.zeros((), dtype=accumulation_dtype(dtype), device=hidden.device)
     grad_hidden = torch.empty_like(kept_hidden) if wanted[0] else None
-    grad_weight = torch.zeros_like(weight, dtype=accumulation_dtype(dtype)) if wanted[1] else None
+    grad_weight = torch.empty_like(weight, dtype=weight_gradient_dtype(weight, dtype)) if wanted[1] else None
+    if grad_weight is not None and not len(kept_labels):
+        grad_weight.zero_()
     for i in range(0, len(kept_labels), chunk_tokens):
         chunk = slice(i, i + chunk_tokens)
-        statistics = _softmax_statistics(kept_hidden[chunk], transposed, kept_labels[chunk], vocab_shard)
-        loss_sum += statistics.losses.sum()
-        if not any(wanted):
-            continue
-        grad_logits = statistics.exponentials.div_(statistics.sums[:, None])
-        ones = torch.ones_like(statistics.local_labels, dtype=grad_logits.dtype)
-        grad_logits.scatter_add_(
-            1, statistics.local_labels, -ones if statistics.is_local is None else -ones * statistics.is_local
+        losses, grad_logits = _cross_entropy_chunk(
+            kept_hidden[chunk] @ transposed, kept_labels[chunk], vocab_shard, any(wanted)
         )
+        loss_sum += losses.sum()
         grad_logits = grad_logits.to(dtype)
         if grad_hidden is not None:
-            grad_hidden[chunk] = grad_logits @ matrix
+            torch.mm(grad_logits, matrix, out=grad_hidden[chunk])
         if grad_weight is not None:
-            accumulate_weight_gradient(grad_weight, grad_logits, kept_hidden[chunk])
+            accumulate_weight_gradient(grad_weight, grad_logits, kept_hidden[chunk], first=i == 0)
+        del grad_logits  # or two chunks would exist while the next one is made
     if grad_hidden is not None:
         grad_hidden = scatter_rows(grad_hidden, mask).to(hidden.dtype)
     return _Result(loss_sum, grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype))
@@ -192,11 +205,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         result = _loss_and_gradients(*args)
-        ctx.save_for_backward(result.grad_hidden, result.grad_weight)
+        ctx.gradients = [result.grad_hidden, result.grad_weight]
         return result.loss_sum
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grads = [None if g is None else g * grad_output.to(g.dtype) for g in ctx.saved_tensors]
-        return (*grads, None, None, None, None, None)
+        assert ctx.gradients, "linear losses go backward once: their gradients are scaled in place"
+        gradients, ctx.gradients = ctx.gradients, []
+        return (*scale_gradients(gradients, grad_output), None, None, None, None, None)

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanotrain.ops.backends import kernel_for
+
 
 def _at_least_fp32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
@@ -19,6 +21,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         weight: [D].
         eps: added to the mean square.
     """
+    kernel = kernel_for("rms_norm", x)
+    if kernel is not None:
+        return kernel(x, weight, eps)
     wide = _at_least_fp32(x)
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
@@ -42,6 +47,9 @@ def grouped_gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, num
     Returns:
         [..., D] in y's dtype.
     """
+    kernel = kernel_for("gated_rms_norm", y)
+    if kernel is not None:
+        return kernel(y, z, weight, eps, num_groups)
     gated = _at_least_fp32(y) * F.silu(_at_least_fp32(z))
     groups = gated.unflatten(-1, (num_groups, -1))
     normed = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)

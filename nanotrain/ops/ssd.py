@@ -1,4 +1,4 @@
-"""Chunked state space dual (SSD) scan of Mamba-2 in plain PyTorch.
+"""Chunked state space dual (SSD) scan of Mamba-2: in plain PyTorch, or by the kernel that ops/backends.py chose.
 
 Per head: S_t = exp(dt_t A) S_{t-1} + dt_t x_t (outer) B_t and y_t = S_t C_t + D x_t, with B and C shared by the heads
 of a group. Within a chunk of L positions the recurrence is a masked matrix product; states pass from chunk to chunk
@@ -16,7 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nanotrain.ops.backends import kernel_for
 from nanotrain.ops.segments import segment_indices
+
+_KERNEL_STATE_SIZES = (16, 32, 64, 128, 256)
 
 
 def ssd_scan(
@@ -33,6 +36,8 @@ def ssd_scan(
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence over whole sequences; fp32 inside (fp64 when x is), whatever autocast says.
 
+    A GPU kernel keeps states and decays in fp32 and multiplies in x's dtype.
+
     Args:
         x: [B, S, H, P].
         dt: [B, S, H], positive (after softplus); where it is 0 the position changes no state.
@@ -47,6 +52,9 @@ def ssd_scan(
     Returns:
         y [B, S, H, P] in x's dtype, and the state after the last position [B, H, P, N] in the inner dtype.
     """
+    kernel = kernel_for("ssd", x)
+    if kernel is not None and x.shape[-1] >= 16 and B.shape[-1] in _KERNEL_STATE_SIZES:
+        return kernel(x, dt, A, B, C, D, chunk_size=chunk_size, segment_ids=segment_ids, initial_state=initial_state)
     dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         return _scan(

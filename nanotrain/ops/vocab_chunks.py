@@ -7,8 +7,9 @@ from nanotrain.ops.vocab_shard import VocabShard
 
 CPU_LOGITS_PER_CHUNK = 2**22
 """16 MiB of fp32: 512 tokens at V = 8192, the flat optimum of 128 ... 1024 on two Zen 4 threads."""
-GPU_LOGITS_PER_CHUNK = 2**27
-"""512 MiB of fp32: 1024 tokens at V = 131072."""
+GPU_LOGITS_PER_CHUNK = 13 * 2**25
+"""832 MiB of bf16: 3328 tokens at V = 131072, whose products fill an H200's multiprocessors evenly and whose three passes
+over the weight's gradient cost little (docs/benchmarks/memory_h200_202611.md)."""
 
 
 def default_chunk_tokens(weight: Tensor) -> int:
@@ -30,10 +31,20 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def logits_of(hidden: Tensor, transposed_weight: Tensor) -> Tensor:
-    """Return hidden [C, D] @ transposed_weight [D, V] in the accumulation dtype, as a tensor that may be overwritten."""
-    logits = hidden @ transposed_weight
+def widened(logits: Tensor) -> Tensor:
+    """Return `logits` in the accumulation dtype; what it returns may be overwritten."""
     return logits.to(accumulation_dtype(logits.dtype))
+
+
+def local_labels(labels: Tensor, rows: int, vocab_shard: VocabShard | None) -> tuple[Tensor, Tensor | None]:
+    """Return the row of this rank's weight for each of `labels` [C], clamped into range, and whether it is there.
+
+    The second is None when all rows are here.
+    """
+    if vocab_shard is None:
+        return labels, None
+    local = labels - vocab_shard.first_row
+    return local.clamp(0, rows - 1), (local >= 0) & (local < rows)
 
 
 def all_reduce_max(values: Tensor, vocab_shard: VocabShard | None) -> Tensor:
@@ -46,15 +57,37 @@ def all_reduce_sum(values: Tensor, vocab_shard: VocabShard | None) -> Tensor:
     return values if vocab_shard is None else vocab_shard.all_reduce_sum(values)
 
 
-def accumulate_weight_gradient(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
-    """Add grad_logits.T @ hidden to `total` [V, D] in the dtype of `total`.
+def weight_gradient_dtype(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which the gradient of `weight` is summed over chunks, for products in `dtype`.
 
-    bf16 products are added to an fp32 total: summing chunks in bf16 loses all but the first few of them.
+    On the CPU, where chunks are many, that is fp32. A GPU adds its few chunks within the product, which sums in fp32 and
+    rounds once a chunk: a bf16 weight needs no fp32 copy of its gradient there.
     """
+    if weight.is_cuda and weight.dtype == dtype:
+        return dtype
+    return accumulation_dtype(dtype)
+
+
+def accumulate_weight_gradient(total: Tensor, grad_logits: Tensor, hidden: Tensor, *, first: bool) -> None:
+    """Add grad_logits.T @ hidden to `total` [V, D] in the dtype of `total`; the first chunk overwrites it."""
     if total.dtype == hidden.dtype:
-        total.addmm_(grad_logits.t(), hidden)
+        if first:
+            torch.mm(grad_logits.t(), hidden, out=total)
+        else:
+            total.addmm_(grad_logits.t(), hidden)
+    elif total.is_cuda:  # the product itself adds to fp32
+        torch.addmm(total, grad_logits.t(), hidden, beta=0 if first else 1, out_dtype=total.dtype, out=total)
     else:
-        total.add_(grad_logits.t() @ hidden)
+        product = grad_logits.t() @ hidden
+        total.copy_(product) if first else total.add_(product)
+
+
+def scale_gradients(gradients: list[Tensor | None], factor: Tensor) -> list[Tensor | None]:
+    """Multiply by `factor` [] in place: a copy of the weight's gradient would be the largest tensor of the loss."""
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.mul_(factor.to(gradient.dtype))
+    return gradients
 
 
 def select_rows(tensor: Tensor, mask: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from nanotrain.checkpoint.hf_folder import load_config
 from nanotrain.config.stage import PretrainConfig
 from nanotrain.data.blend_folder import check_caps
@@ -34,9 +36,10 @@ def pretrain(config: PretrainConfig, run: Run) -> Path:
     architecture = load_config(run.inputs["architecture_from"]) if config.architecture_from else config.model
     check_vocabulary(architecture, data, "stage.model")
     check_sources(config.curriculum, data, "stage.curriculum")
-    model = HybridModel(architecture)
-    model.init_weights(derived_seed(run.seed, "weights"))
+    with torch.device("meta"):  # the engine allocates it, in the dtype and on the device where it will be
+        model = HybridModel(architecture)
     engine = build_engine(run.engine, model, config.training)
+    engine.init_weights(derived_seed(run.seed, "weights"))
     loader = PretrainLoader(
         data, config.curriculum, config.training, run.seed, dp_rank=engine.dp_rank, dp_size=engine.dp_size
     )

@@ -142,7 +142,8 @@ def parent_of(run: Run) -> dict[str, str]:
 def _verify(engine: Engine, folder: Path) -> None:
     """Assert that the folder holds the engine's weights, bit for bit, and its architecture."""
     assert load_config(folder) == engine.model_config, f"{folder} was written with another architecture"
-    stored = load_model(folder).state_dict()
     with engine.inference_model() as model:
-        for name, tensor in model.state_dict().items():
+        trained = model.state_dict()
+        stored = load_model(folder, dtype=model.output_weight().dtype).state_dict()
+        for name, tensor in trained.items():
             assert tensor.cpu().equal(stored[name]), f"{folder}: {name} differs from the trained weights"

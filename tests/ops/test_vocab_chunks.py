@@ -33,7 +33,7 @@ def test_dtypes_follow_autocast_but_never_touch_fp64():
         assert vocab_chunks.product_dtype(hidden.double(), weight.double()) == torch.float64
     assert vocab_chunks.accumulation_dtype(torch.bfloat16) == torch.float32
     assert vocab_chunks.accumulation_dtype(torch.float64) == torch.float64
-    assert vocab_chunks.logits_of(hidden.bfloat16(), weight.bfloat16().t()).dtype == torch.float32
+    assert vocab_chunks.widened(hidden.bfloat16() @ weight.bfloat16().t()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -41,9 +41,9 @@ def test_weight_gradients_of_chunks_add_up_in_the_dtype_of_the_total(dtype):
     generator = torch.Generator().manual_seed(0)
     grads = [torch.randn(16, 6, generator=generator).to(dtype) for _ in range(64)]
     hidden = [torch.randn(16, 3, generator=generator).to(dtype) for _ in range(64)]
-    total = torch.zeros(6, 3)
-    for grad, states in zip(grads, hidden, strict=True):
-        vocab_chunks.accumulate_weight_gradient(total, grad, states)
+    total = torch.full((6, 3), float("nan"))  # the first chunk overwrites it
+    for index, (grad, states) in enumerate(zip(grads, hidden, strict=True)):
+        vocab_chunks.accumulate_weight_gradient(total, grad, states, first=index == 0)
     exact = torch.cat(grads).double().t() @ torch.cat(hidden).double()
     tolerance = 1e-5 if dtype == torch.float32 else 5e-3  # one rounding of each chunk's product
     assert float((total - exact).abs().max() / exact.abs().max()) < tolerance
@@ -54,3 +54,19 @@ def test_reductions_go_through_the_shard():
     values = torch.tensor([3.0])
     assert vocab_chunks.all_reduce_max(values, shard) == 4 and vocab_chunks.all_reduce_sum(values, shard) == 6
     assert vocab_chunks.all_reduce_max(values, None) is values and vocab_chunks.all_reduce_sum(values, None) is values
+
+
+def test_local_labels_of_a_shard():
+    labels = torch.tensor([3, 9, 10, 14, 15])
+    local, is_local = vocab_chunks.local_labels(labels, 5, VocabShard(10, lambda t: t, lambda t: t))
+    assert is_local.tolist() == [False, False, True, True, False]
+    assert local[is_local].tolist() == [0, 4] and int(local.min()) >= 0 and int(local.max()) < 5
+    assert vocab_chunks.local_labels(labels, 20, None) == (labels, None)
+
+
+def test_gradients_are_scaled_in_place():
+    gradients = [torch.ones(3), None, torch.ones(2, dtype=torch.bfloat16)]
+    storage = gradients[0].data_ptr()
+    scaled = vocab_chunks.scale_gradients(gradients, torch.tensor(0.5))
+    assert scaled[0].data_ptr() == storage and scaled[0].tolist() == [0.5] * 3 and scaled[1] is None
+    assert scaled[2].dtype == torch.bfloat16 and scaled[2].tolist() == [0.5] * 2

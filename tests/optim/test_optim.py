@@ -3,8 +3,18 @@
 import math
 
 import pytest
+import torch
 
-from nanotrain.config.training import DecayShape, OptimizerConfig, ScheduleConfig, ScheduleKind, TrainingConfig
+from nanotrain.config.errors import UserError
+from nanotrain.config.training import (
+    DecayShape,
+    OptimizerConfig,
+    ParameterDtype,
+    ScheduleConfig,
+    ScheduleKind,
+    StateDtype,
+    TrainingConfig,
+)
 from nanotrain.model.hybrid import HybridModel
 from nanotrain.optim.adamw import build_adamw
 from nanotrain.optim.lr_schedule import learning_rate
@@ -59,3 +69,44 @@ def test_weight_decay_groups(tiny_training_model: HybridModel):
         plain = last in ("A_log", "D", "dt_bias", "bias") or "norm" in name
         assert (id(parameter) in undecayed) == plain, name
         assert (id(parameter) in decayed) != plain, name
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "names"),
+    [
+        ({"in_backward": True}, ["in_backward", "gradient_clip"]),
+        ({"state_dtype": StateDtype.bf16, "beta2": 0.999}, ["state_dtype", "0.999"]),
+    ],
+)
+def test_combinations_that_cannot_work_are_refused(optimizer, names):
+    with pytest.raises(UserError) as error:
+        OptimizerConfig(**optimizer).validate("stage.training.optimizer")
+    assert all(name in str(error.value) for name in names)
+
+
+def test_in_backward_refuses_accumulation():
+    config = training()
+    config.optimizer = OptimizerConfig(in_backward=True, gradient_clip=0.0)
+    config.validate_batch("stage.training", 1)
+    config.global_batch_size = 4
+    with pytest.raises(UserError, match="cannot accumulate"):
+        config.validate_batch("stage.training", 1)
+    config.validate_batch("stage.training", 4)
+
+
+def test_state_dict_keeps_dtypes(tiny_training_model: HybridModel, tmp_path):
+    model = tiny_training_model.to(torch.bfloat16)
+    config = OptimizerConfig(state_dtype=StateDtype.int8, parameter_dtype=ParameterDtype.bf16)
+    one, other = (build_adamw(model.named_parameters(), config, 1e-3) for _ in range(2))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    one.step()
+    torch.save(one.state_dict(), tmp_path / "optimizer.pt")
+    other.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    dtypes = set()
+    for parameter in model.parameters():
+        for name, tensor in one.state[parameter].items():
+            assert tensor.equal(other.state[parameter][name]) and tensor.dtype == other.state[parameter][name].dtype
+            dtypes.add(tensor.dtype)
+    assert torch.float32 in dtypes
+    assert [group["num_steps"] for group in other.param_groups] == [1, 1]

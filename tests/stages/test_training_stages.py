@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nanotrain.checkpoint.hf_folder import load_config, load_model, load_tokenizer, save_model
 from nanotrain.checkpoint.provenance import load_provenance
@@ -16,7 +17,7 @@ from nanotrain.config.data import CorpusConfig, PhaseConfig, ReasoningConfig
 from nanotrain.config.engine import Device, EngineConfig, Precision, TrackingConfig
 from nanotrain.config.errors import UserError
 from nanotrain.config.stage import DistillConfig, PrepareConfig, PretrainConfig, SftConfig
-from nanotrain.config.training import TrainingConfig
+from nanotrain.config.training import OptimizerConfig, ParameterDtype, StateDtype, TrainingConfig
 from nanotrain.data import corpus
 from nanotrain.data.blend_folder import build_blend_folder, plan_blend
 from nanotrain.model.hybrid import HybridModel
@@ -79,6 +80,20 @@ def test_pretrain_leaves_a_folder_and_its_numbers(parent, data, tmp_path):
     )
     ours, theirs = load_model(parent).state_dict(), load_model(again).state_dict()
     assert all(tensor.equal(theirs[name]) for name, tensor in ours.items()), "the same seed gives the same weights"
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_pretrain_in_low_precision_leaves_bf16_weights_that_load(data, tmp_path, in_backward):
+    optimizer = OptimizerConfig(
+        state_dtype=StateDtype.int8, parameter_dtype=ParameterDtype.bf16, in_backward=in_backward, gradient_clip=0.0
+    )
+    config = PretrainConfig(model=MODEL, curriculum=CURRICULUM, training=replace(TRAINING, optimizer=optimizer))
+    run = replace(run_of(tmp_path, "pretrain", data_from=data), engine=replace(FP32, precision=Precision.bf16))
+    folder = pretrain(config, run)
+    dtypes = {name: tensor.dtype for name, tensor in load_file(folder / "model.safetensors").items()}
+    for name, dtype in dtypes.items():
+        assert dtype == (torch.float32 if name.endswith(("A_log", ".D", "dt_bias")) else torch.bfloat16), name
+    assert torch.isfinite(load_model(folder)(torch.tensor([[1, 1005, 1010]]))).all()
 
 
 def test_scratch_takes_the_architecture_not_the_weights(parent, data, tmp_path):

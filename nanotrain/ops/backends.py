@@ -1,0 +1,211 @@
+"""Which kernel runs each op on a GPU: the one place that imports CUDA libraries, and only when they are chosen.
+
+The engine chooses once, when it is built (`choose_kernels`); the ops ask `kernel_for` with their tensors. Plain torch
+runs on the CPU, in fp64, and wherever nothing was chosen.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanotrain.config.engine import Precision
+from nanotrain.config.errors import UserError
+from nanotrain.ops.linear import QuantizedProducts
+from nanotrain.runtime.logging import log_once
+
+AUTO, TORCH = "auto", "torch"
+
+MAMBA_INSTALL = 'pip install "mamba-ssm[causal-conv1d]" --no-build-isolation'
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel from a library."""
+
+    module: str
+    """What must be importable."""
+    install: str
+    """The command that installs it."""
+    load: Callable[[], Callable[..., Any]]
+
+
+def _triton_gated_norm() -> Callable[..., Any]:
+    from nanotrain.ops.gpu.gated_norm_triton import grouped_gated_rms_norm
+
+    return grouped_gated_rms_norm
+
+
+def _mamba_ssm_ssd() -> Callable[..., Any]:
+    from nanotrain.ops.gpu.mamba_ssm_kernels import ssd_scan
+
+    return ssd_scan
+
+
+def _mamba_ssm_gated_norm() -> Callable[..., Any]:
+    from nanotrain.ops.gpu.mamba_ssm_kernels import grouped_gated_rms_norm
+
+    return grouped_gated_rms_norm
+
+
+def _causal_conv1d() -> Callable[..., Any]:
+    from nanotrain.ops.gpu.causal_conv1d_kernel import causal_conv1d
+
+    return causal_conv1d
+
+
+def _cudnn_attention() -> Callable[..., Any]:
+    from nanotrain.ops.gpu.fused_attention import cudnn_attention
+
+    return cudnn_attention
+
+
+def _flash_attention() -> Callable[..., Any]:
+    from nanotrain.ops.gpu.fused_attention import flash_attention
+
+    return flash_attention
+
+
+def _triton_rms_norm() -> Callable[..., Any]:
+    from nanotrain.ops.gpu.rms_norm_triton import rms_norm
+
+    return rms_norm
+
+
+def _triton_squared_relu() -> Callable[..., Any]:
+    from nanotrain.ops.gpu.squared_relu_triton import squared_relu
+
+    return squared_relu
+
+
+def _triton_cross_entropy() -> Callable[..., Any]:
+    from nanotrain.ops.gpu.softmax_losses_triton import cross_entropy_chunk
+
+    return cross_entropy_chunk
+
+
+def _triton_kl_divergence() -> Callable[..., Any]:
+    from nanotrain.ops.gpu.softmax_losses_triton import kl_divergence_chunk
+
+    return kl_divergence_chunk
+
+
+def _triton_adamw() -> Callable[..., Any]:
+    from nanotrain.ops.gpu.adamw_triton import adamw_update
+
+    return adamw_update
+
+
+def _te_products(precision: Precision) -> QuantizedProducts:
+    from nanotrain.ops.gpu.transformer_engine_products import BlockwiseProducts, CurrentScalingProducts
+
+    return BlockwiseProducts() if precision is Precision.fp8_blockwise else CurrentScalingProducts()
+
+
+FP8_CAPABILITY = {Precision.fp8_blockwise: (9, 0), Precision.fp8_current: (8, 9)}
+TE_INSTALL = 'pip install "transformer-engine[pytorch]" --no-build-isolation'
+
+
+def load_fp8_products(precision: Precision, device: torch.device) -> QuantizedProducts:
+    """Return the FP8 quantisers and products for `precision`.
+
+    Raises:
+        UserError: the device has no such instructions, or Transformer Engine is missing.
+    """
+    key = f"`engine.precision` ({precision.value})"
+    if device.type != "cuda":
+        raise UserError(f"{key} needs a GPU with FP8 and the engine runs on {device.type}; use auto, bf16 or fp32.")
+    needed = FP8_CAPABILITY[precision]
+    if torch.cuda.get_device_capability(device) < needed:
+        raise UserError(
+            f"{key} needs a GPU of compute capability {needed[0]}.{needed[1]} or later, which"
+            f" {torch.cuda.get_device_name(device)} is not; use bf16."
+        )
+    if find_spec("transformer_engine") is None:
+        raise UserError(f"{key} needs Transformer Engine, which is not installed; run `{TE_INSTALL}`, or use bf16.")
+    try:
+        return _te_products(precision)
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise UserError(f"{key}: Transformer Engine cannot be loaded ({reason}); run `{TE_INSTALL}`.") from error
+
+
+KERNELS: dict[str, dict[str, Kernel]] = {
+    "ssd": {
+        "mamba_ssm": Kernel("mamba_ssm", MAMBA_INSTALL, _mamba_ssm_ssd),
+    },
+    "causal_conv1d": {
+        "causal_conv1d": Kernel("causal_conv1d", "pip install causal-conv1d --no-build-isolation", _causal_conv1d)
+    },
+    "gated_rms_norm": {
+        "triton": Kernel("triton", "pip install triton", _triton_gated_norm),
+        "mamba_ssm": Kernel("mamba_ssm", MAMBA_INSTALL, _mamba_ssm_gated_norm),
+    },
+    "rms_norm": {"triton": Kernel("triton", "pip install triton", _triton_rms_norm)},
+    "attention": {
+        "cudnn": Kernel("torch", "pip install torch", _cudnn_attention),
+        "flash": Kernel("torch", "pip install torch", _flash_attention),
+    },
+    "squared_relu": {"triton": Kernel("triton", "pip install triton", _triton_squared_relu)},
+    "cross_entropy": {"triton": Kernel("triton", "pip install triton", _triton_cross_entropy)},
+    "kl_divergence": {"triton": Kernel("triton", "pip install triton", _triton_kl_divergence)},
+    "adamw": {"triton": Kernel("triton", "pip install triton", _triton_adamw)},
+}
+"""Op -> kernels, fastest first; `torch` is always there."""
+
+_chosen: dict[str, Callable[..., Any]] = {}
+
+
+def kernel_for(op: str, *tensors: Tensor) -> Callable[..., Any] | None:
+    """Return the chosen kernel if it takes these tensors (on a GPU, at most fp32); None = use plain torch."""
+    kernel = _chosen.get(op)
+    if kernel is None or any(not t.is_cuda or t.dtype == torch.float64 for t in tensors):
+        return None
+    return kernel
+
+
+def choose_kernels(wanted: Mapping[str, str], device: torch.device) -> dict[str, str]:
+    """Choose a kernel for every op in this process, and log the choice once.
+
+    Args:
+        wanted: op -> auto, torch or a kernel's name (KernelsConfig.choices).
+        device: where the model will run. On the CPU everything is plain torch.
+
+    Returns:
+        op -> name of the kernel.
+
+    Raises:
+        UserError: a kernel that was asked for by name is not installed, does not load or needs a GPU.
+    """
+    names = {op: _choose(op, name, device) for op, name in wanted.items()}
+    if device.type == "cuda":
+        log_once("kernels: " + ", ".join(f"{op} {name}" for op, name in names.items()))
+    return names
+
+
+def _choose(op: str, wanted: str, device: torch.device) -> str:
+    key = f"`engine.kernels.{op}` ({wanted})"
+    if device.type != "cuda":
+        if wanted not in (AUTO, TORCH):
+            raise UserError(f"{key} needs a GPU and the engine runs on {device.type}; use auto or torch.")
+        return TORCH
+    _chosen.pop(op, None)
+    for name, kernel in KERNELS[op].items():
+        if wanted not in (AUTO, name):
+            continue
+        problem = None
+        if find_spec(kernel.module) is None:
+            problem = f"needs the package {kernel.module.replace('_', '-')}, which is not installed"
+        else:
+            try:
+                _chosen[op] = kernel.load()
+                return name
+            except (ImportError, OSError, RuntimeError) as error:  # built for another torch or CUDA
+                problem = f"cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]})"
+        if wanted == name:
+            raise UserError(f"{key} {problem}; run `{kernel.install}`, or use auto or torch.")
+        log_once(f"kernels: {op} {name} {problem}; `{kernel.install}` would make the step faster")
+    return TORCH

@@ -1,0 +1,351 @@
+"""Forward + backward of the 12B's shapes on one GPU, beside Megatron-Core + Transformer Engine + mamba-ssm.
+
+    python tests/benchmarks/bench_one_gpu.py reduced:bf16 reduced:fp8_blockwise --out results.jsonl [--profile folder]
+
+Parts: `reduced:PRECISION` (11 layers), `full:PRECISION` (62 layers), `cores` (the Mamba mixer between its projections,
+by chunk size), `startup` (seconds to the first step). Both models hold bf16 parameters and share the storage of their
+large matrices; weights are quantised anew every step. One round runs each once, in rotating order; medians and extremes
+of the rounds are reported. Every part is written to the output as soon as it is done. `--tiny` checks the script
+without a GPU, and without the peer.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nanotrain.config.engine import EngineConfig, KernelsConfig, Precision, SsdKernel
+from nanotrain.config.model import ModelConfig
+from nanotrain.engines.precision import apply_precision
+from nanotrain.engines.root import TrainingRoot
+from nanotrain.losses.language_modeling import CrossEntropy
+from nanotrain.model.batch import MicroBatch
+from nanotrain.model.hybrid import HybridModel
+from nanotrain.model.mixers import MambaMixer
+from nanotrain.ops.backends import choose_kernels
+from nanotrain.planning.flops import training_flops_per_token
+
+FULL = ModelConfig(
+    hybrid_layer_pattern="M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-",
+    vocab_size=131072,
+    hidden_size=5120,
+    intermediate_size=20480,
+    num_attention_heads=40,
+    num_key_value_heads=8,
+    head_dim=128,
+    mamba_num_heads=128,
+    mamba_head_dim=80,
+    ssm_state_size=128,
+    n_groups=8,
+)
+REDUCED = replace(FULL, hybrid_layer_pattern="M-M-M-M*-M-")
+TINY = replace(
+    REDUCED, hybrid_layer_pattern="M*-", vocab_size=64, hidden_size=32, intermediate_size=64, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=16, mamba_num_heads=4, mamba_head_dim=8, ssm_state_size=16, n_groups=2,
+)  # fmt: skip
+LARGE = 1_000_000
+"""Matrices with more values than this lie in the storage that both models share."""
+
+
+class Shared:
+    """One buffer of random bf16 values that the large matrices of several models look into."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._buffer = torch.empty(0, dtype=torch.bfloat16, device=device)
+
+    def give(self, model: nn.Module) -> None:
+        """Point the model's large parameters into the buffer; grow it first when it is too small."""
+        large = [p for p in model.parameters() if p.numel() > LARGE]
+        needed = sum(p.numel() for p in large)
+        if needed > self._buffer.numel():
+            assert self._buffer.numel() == 0, "give the largest model first"
+            self._buffer = torch.empty(needed, dtype=torch.bfloat16, device=self.device)
+            for i in range(0, needed, 2**30):
+                self._buffer[i : i + 2**30].normal_(0.0, 0.0125)
+        start = 0
+        for parameter in large:
+            parameter.data = self._buffer[start : start + parameter.numel()].view(parameter.shape)
+            start += parameter.numel()
+
+
+def our_model(config: ModelConfig, device: torch.device) -> HybridModel:
+    """Return our model with bf16 parameters; large ones are empty until `Shared.give`."""
+    with torch.device("meta"):
+        model = HybridModel(config).to(torch.bfloat16)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            large = parameter.numel() > LARGE and device.type == "cuda"
+            dtype = torch.float32 if name in ("A_log", "D", "dt_bias") else torch.bfloat16
+            value = torch.empty(0 if large else parameter.shape, dtype=dtype, device=device)
+            if not large:
+                value.fill_(1.0) if "norm" in name or parameter.ndim == 1 else value.normal_(0.0, 0.02)
+            if name == "dt_bias":
+                value.fill_(-4.6)
+            filled = nn.Parameter(value)
+            if large:
+                filled.data = torch.empty(1, dtype=dtype, device=device).expand(parameter.shape)
+            setattr(module, name, filled)
+    return model.train()
+
+
+def our_step(
+    model: HybridModel,
+    precision: str,
+    bf16_layers: int,
+    batch: MicroBatch,
+    device: torch.device,
+    kernels: KernelsConfig,
+) -> Callable[[Callable[[], None]], None]:
+    """Return a forward and backward on one batch; it calls its argument between the two."""
+    config = EngineConfig(
+        precision=Precision(precision),
+        fp8_bf16_first_layers=bf16_layers,
+        fp8_bf16_last_layers=bf16_layers,
+        kernels=kernels,
+    )
+    choose_kernels(kernels.choices(), device)
+    copies = apply_precision(model, config, device, torch.bfloat16)
+    root, loss_fn, tokens = TrainingRoot(model), CrossEntropy(), batch.labels.numel()
+
+    def step(between: Callable[[], None]) -> None:
+        for parameter in model.parameters():
+            parameter.grad = None
+        for copy in copies:
+            copy.drop()
+        with torch.autocast(device.type, torch.bfloat16):
+            output = root(batch, loss_fn)
+        between()
+        (output.loss_sum / tokens).backward()
+
+    return step
+
+
+class Clock:
+    """Milliseconds of forward, backward and both, by device events (or the host's clock without a device)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.times: list[tuple[float, float, float]] = []
+
+    def run(self, step: Callable[[Callable[[], None]], None]) -> None:
+        marks: list[torch.cuda.Event | float] = []
+
+        def mark() -> None:
+            if self.device.type == "cuda":
+                event = torch.cuda.Event(enable_timing=True)
+                event.record()
+                marks.append(event)
+            else:
+                marks.append(1e3 * time.perf_counter())
+
+        mark()
+        step(mark)
+        mark()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.times.append((_between(*marks[:2]), _between(*marks[1:]), _between(marks[0], marks[2])))
+
+    def summary(self) -> dict[str, float]:
+        forward, backward, both = zip(*self.times, strict=True)
+        return {
+            "forward_ms": statistics.median(forward),
+            "backward_ms": statistics.median(backward),
+            "step_ms": statistics.median(both),
+            "min_ms": min(both),
+            "max_ms": max(both),
+        }
+
+
+def _between(a, b) -> float:
+    return b - a if isinstance(a, float) else a.elapsed_time(b)
+
+
+class Report:
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+
+    def __call__(self, part: str, **values: object) -> None:
+        line = {"part": part, **{k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}}
+        print(" ".join(f"{k}={v}" for k, v in line.items()), flush=True)
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def compare_models(part: str, config: ModelConfig, precision: str, options: argparse.Namespace, report: Report) -> None:
+    """Time both models' steps in rotating order; the gradients of one are freed before the other runs."""
+    device, length = options.device, options.length
+    ids = torch.randint(0, config.vocab_size, (1, length + 1), device=device)
+    batch = MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+    bf16_layers = options.bf16_layers if config.num_hidden_layers > 2 * options.bf16_layers else 0
+    models: dict[str, nn.Module] = {}
+    if device.type == "cuda" and not options.alone:
+        models["peer"] = options.peer.build(config, precision, bf16_layers, length)
+    models["nanotrain"] = our_model(config, device)
+    shared = Shared(device)
+    steps = {}
+    for name, model in sorted(models.items(), key=lambda item: -sum(p.numel() for p in item[1].parameters())):
+        if device.type == "cuda":
+            shared.give(model)
+            free()
+        if name == "peer":
+            steps[name] = options.peer.step_of(model, batch.input_ids, batch.labels)
+        else:
+            kernels = KernelsConfig(ssd=SsdKernel(options.ssd))
+            steps[name] = our_step(model, precision, bf16_layers, batch, device, kernels)
+    clocks, first, peak = {name: Clock(device) for name in steps}, {}, {}
+    order = list(steps)
+    for round_ in range(options.warmup + options.rounds):
+        order = [*order[1:], order[0]]
+        for name in order:
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            clocks[name].run(steps[name])
+            first.setdefault(name, time.perf_counter() - start)
+            peak[name] = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+            if round_ < options.warmup:
+                clocks[name].times.clear()
+            for parameter in models[name].parameters():
+                parameter.grad = None
+    flops = training_flops_per_token(config, length) * length
+    for name, clock in clocks.items():
+        summary = clock.summary()
+        ratios = [
+            theirs[2] / ours[2] for theirs, ours in zip(clocks.get("peer", clock).times, clock.times, strict=True)
+        ]
+        report(
+            part, model=name, precision=precision, bf16_layers=bf16_layers, **summary,
+            tokens_per_second=1e3 * length / summary["step_ms"], tflops=flops / summary["step_ms"] / 1e9,
+            peak_gib=peak[name], first_step_s=first[name], peer_over_this=statistics.median(ratios),
+            ratio_min=min(ratios), ratio_max=max(ratios),
+        )  # fmt: skip
+        if options.profile and device.type == "cuda":
+            profile(steps[name], options.profile / f"{part.replace(':', '_')}_{name}.txt")
+
+
+def profile(step: Callable[[Callable[[], None]], None], path: Path) -> None:
+    """Write the time of each GPU kernel in one step, the longest first."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    free()
+    with profiler(activities=[ProfilerActivity.CUDA]) as recorded:
+        step(lambda: None)
+        torch.cuda.synchronize()
+    rows = [(e.self_device_time_total / 1e3, e.count, e.key) for e in recorded.key_averages()]
+    rows = sorted((row for row in rows if row[0] > 0), reverse=True)
+    lines = [f"{sum(row[0] for row in rows):9.2f} ms of kernels"]
+    lines += [f"{ms:9.3f} ms x{count:<5d} {name[:150]}" for ms, count, name in rows[:70]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def compare_cores(options: argparse.Namespace, report: Report) -> None:
+    """Time what lies between the projections of a Mamba-2 layer, for several chunk sizes and kernels."""
+    device, config = options.device, TINY if options.tiny else REDUCED
+    forms: dict[str, Callable[[Tensor], Tensor]] = {}
+    for kernels in options.cores:
+        for chunk in options.chunks:
+            forms[f"nanotrain {kernels or 'torch'} {chunk}"] = our_core(
+                replace(config, chunk_size=chunk), kernels, device
+            )
+    if device.type == "cuda" and not options.alone:
+        peer = options.peer.mamba_core(
+            options.peer.build(replace(config, hybrid_layer_pattern="M-"), "bf16", 0, options.length)
+        )
+        forms["peer 128"] = lambda zxBCdt: peer._ssm_training(zxBCdt.transpose(0, 1)).transpose(0, 1)
+    shape = (1, options.length, config.in_proj_size)
+    zxBCdt = torch.randn(shape, device=device, dtype=torch.bfloat16).requires_grad_()
+    grad = torch.randn(1, options.length, config.mamba_inner_size, device=device, dtype=torch.bfloat16)
+    for name, form in forms.items():
+
+        def step(between: Callable[[], None], form: Callable[[Tensor], Tensor] = form) -> None:
+            zxBCdt.grad = None
+            y = form(zxBCdt)
+            between()
+            y.backward(grad)
+
+        clock = Clock(device)
+        start = time.perf_counter()
+        clock.run(step)
+        first = time.perf_counter() - start
+        for _ in range(options.warmup):
+            clock.run(step)
+        clock.times.clear()
+        for _ in range(options.rounds):
+            clock.run(step)
+        report("cores", form=name, **clock.summary(), first_call_s=first)
+        free()
+
+
+def our_core(config: ModelConfig, kernel: str, device: torch.device) -> Callable[[Tensor], Tensor]:
+    mixer = MambaMixer(replace(config, hidden_size=32), 0).to(device)
+    for name, parameter in mixer.named_parameters():
+        nn.init.constant_(parameter, -4.6 if name == "dt_bias" else 1.0)
+    mixer = mixer.to(torch.bfloat16)
+    wanted = KernelsConfig().choices() | ({"ssd": kernel} if kernel else {})
+
+    def run(zxBCdt: Tensor) -> Tensor:
+        choose_kernels(wanted, device)
+        return mixer.between_projections(zxBCdt, None)
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--profile", type=Path)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--bf16-layers", type=int, default=0, help="layers at each end that FP8 leaves in bf16")
+    parser.add_argument("--chunks", type=int, nargs="*", default=[128])
+    parser.add_argument("--cores", nargs="*", default=["auto"], help="values of engine.kernels.ssd")
+    parser.add_argument("--ssd", default="auto", help="engine.kernels.ssd of our model")
+    parser.add_argument("--alone", action="store_true", help="without the peer")
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    options.device = torch.device("cpu" if options.tiny else "cuda")
+    options.length = 64 if options.tiny else 8192
+    if not options.tiny and not options.alone:
+        from tests.benchmarks import megatron_peer
+
+        megatron_peer.start()
+        options.peer = megatron_peer
+    report = Report(options.out)
+    torch.manual_seed(1)
+    for part in options.parts:
+        kind, _, precision = part.partition(":")
+        start = time.perf_counter()
+        if kind == "cores":
+            compare_cores(options, report)
+        else:
+            config = TINY if options.tiny else {"reduced": REDUCED, "full": FULL}[kind]
+            compare_models(part, config, precision, options, report)
+        free()
+        print(f"-- {part}: {time.perf_counter() - start:.0f} s", flush=True)
+    if not options.tiny:
+        from nanotrain.ops.gpu.tuned_configs import chosen
+
+        report("chosen", **chosen())
+
+
+if __name__ == "__main__":
+    main()

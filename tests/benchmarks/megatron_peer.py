@@ -1,0 +1,109 @@
+"""The peer of bench_one_gpu.py: Megatron-Core's hybrid model with Transformer Engine layers and mamba-ssm, one process."""
+
+import os
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.activations import squared_relu
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+
+from nanotrain.config.model import ModelConfig
+
+ENVIRONMENT = {
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29533",
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_RANK": "0",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+}
+FP8 = {
+    "bf16": {},
+    "fp8_blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
+    "fp8_current": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+}
+
+
+def start() -> None:
+    """Set Megatron's process groups up, for one process."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    dist.init_process_group("nccl", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel(1, 1)
+    model_parallel_cuda_manual_seed(1)
+
+
+def build(config: ModelConfig, precision: str, bf16_layers: int, length: int) -> HybridModel:
+    """Return the model in bf16 on the GPU, with `bf16_layers` at each end kept out of FP8."""
+    extra = dict(FP8[precision])
+    if extra and bf16_layers:
+        extra |= {
+            "first_last_layers_bf16": True,
+            "num_layers_at_start_in_bf16": bf16_layers,
+            "num_layers_at_end_in_bf16": bf16_layers,
+        }
+    transformer = TransformerConfig(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_key_value_heads,
+        kv_channels=config.head_dim,
+        ffn_hidden_size=config.intermediate_size,
+        activation_func=squared_relu,
+        add_bias_linear=False,
+        gated_linear_unit=False,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.layer_norm_epsilon,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+        pipeline_dtype=torch.bfloat16,
+        mamba_num_heads=config.mamba_num_heads,
+        mamba_head_dim=config.mamba_head_dim,
+        mamba_num_groups=config.n_groups,
+        mamba_state_dim=config.ssm_state_size,
+        cross_entropy_loss_fusion=True,
+        cross_entropy_fusion_impl="native",
+        bias_dropout_fusion=True,
+        is_hybrid_model=True,
+        init_method_std=0.02,
+        **extra,
+    )
+    model = HybridModel(
+        config=transformer,
+        hybrid_stack_spec=hybrid_stack_spec,
+        vocab_size=config.vocab_size,
+        max_sequence_length=length,
+        hybrid_layer_pattern=config.hybrid_layer_pattern,
+        position_embedding_type="none",
+        share_embeddings_and_output_weights=False,
+    )
+    return model.cuda().train()
+
+
+def step_of(model: HybridModel, ids: Tensor, labels: Tensor) -> Callable[[Callable[[], None]], None]:
+    """Return a forward and backward on one batch; it calls its argument between the two."""
+    positions = torch.arange(ids.shape[1], device=ids.device)[None].expand(len(ids), -1)
+
+    def step(between: Callable[[], None]) -> None:
+        for parameter in model.parameters():
+            parameter.grad = None
+        model.set_is_first_microbatch()  # quantise the weights anew, as after an optimizer step
+        loss = model(input_ids=ids, position_ids=positions, attention_mask=None, labels=labels).mean()
+        between()
+        loss.backward()
+
+    return step
+
+
+def mamba_core(model: HybridModel) -> nn.Module:
+    """Return the mixer of the first Mamba-2 layer."""
+    return model.decoder.layers[0].mixer

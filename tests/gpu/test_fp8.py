@@ -1,0 +1,80 @@
+"""Transformer Engine's quantisers and products against the emulation that CI tests."""
+
+import pytest
+import torch
+
+from nanotrain.config.engine import Precision
+from nanotrain.config.errors import UserError
+from nanotrain.ops.backends import load_fp8_products
+from nanotrain.ops.fp8 import EmulatedProducts
+from nanotrain.ops.linear import RoundedProducts, WeightCopy, linear
+
+
+def products(precision: Precision):
+    try:
+        return load_fp8_products(precision, torch.device("cuda", 0))
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def matrix(rows: int, columns: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, columns, generator=generator) * torch.exp(2 * torch.randn(rows, 1, generator=generator))
+    x[3, :128] = 0.0
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blockwise_quantisers_equal_the_emulation_bit_for_bit(dtype):
+    ours, slow = products(Precision.fp8_blockwise), EmulatedProducts()
+    x, weight = matrix(256, 384, 0, dtype), matrix(384, 256, 1, dtype)
+    pairs = [
+        (ours.quantize_activation(x.cuda(), columns=True), slow.quantize_activation(x, columns=True)),
+        (ours.quantize_weight(weight.cuda()), slow.quantize_weight(weight)),
+    ]
+    for fast, expected in pairs:
+        for name in ("rows", "columns"):
+            assert torch.equal(getattr(fast, name).cpu().view(torch.uint8), getattr(expected, name))
+        for name in ("row_scales", "column_scales"):
+            mine, other = getattr(fast, name).cpu(), getattr(expected, name)
+            assert mine.shape == other.shape
+            if "weight" not in name:
+                used = other != 0  # padding holds anything
+                assert torch.equal(mine[used], other[used])
+
+
+def test_blockwise_products_equal_the_emulation_but_for_rounding():
+    ours, slow = products(Precision.fp8_blockwise), EmulatedProducts()
+    x, weight, grad = (
+        matrix(*shape, seed, torch.float32) for shape, seed in (((256, 384), 2), ((128, 384), 3), ((256, 128), 4))
+    )
+    fast = [ours.quantize_activation(x.cuda(), columns=True), ours.quantize_weight(weight.cuda())]
+    fast.append(ours.quantize_gradient(grad.cuda()))
+    exact = [slow.quantize_activation(x, columns=True), slow.quantize_weight(weight), slow.quantize_gradient(grad)]
+    for dtype, tolerance in ((torch.float32, 2e-3), (torch.bfloat16, 4e-3)):
+        for name, (a, b) in {"output": (0, 1), "input_gradient": (2, 1), "weight_gradient": (2, 0)}.items():
+            if dtype == torch.float32 and name != "weight_gradient":
+                continue  # only a weight's gradient is asked for in fp32
+            got = getattr(ours, name)(fast[a], fast[b], dtype).cpu().double()
+            expected = getattr(slow, name)(exact[a], exact[b], torch.float64)
+            assert float((got - expected).norm() / expected.norm()) < tolerance, name
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [256, 100])
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [(Precision.fp8_blockwise, 5e-2), (Precision.fp8_current, 7e-2), (Precision.bf16, 6e-3)]
+)
+def test_linear_near_fp64(precision, tolerance, tokens, weight_dtype):
+    chosen = RoundedProducts() if precision is Precision.bf16 else products(precision)
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(2, tokens // 2, 256, generator=generator).cuda().requires_grad_()
+    weight = (torch.randn(384, 256, generator=generator) / 16).to(weight_dtype).cuda().requires_grad_()
+    grad = torch.randn(2, tokens // 2, 384, generator=generator).cuda()
+    y = linear(x, weight, WeightCopy(chosen))
+    got = [y, *torch.autograd.grad(y, (x, weight), grad.bfloat16())]
+    assert [t.dtype for t in got] == [torch.bfloat16, torch.float32, weight_dtype]
+    xd, wd = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    expected = [xd @ wd.t(), *torch.autograd.grad(xd @ wd.t(), (xd, wd), grad.double())]
+    for ours, exact in zip(got, expected, strict=True):
+        assert float(((ours.double() - exact).norm() / exact.norm()).detach()) < tolerance

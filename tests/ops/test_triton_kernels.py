@@ -1,0 +1,98 @@
+"""Our Triton kernels in Triton's interpreter, so that a machine without a GPU tests their arithmetic too.
+
+A process of its own runs them: the interpreter is chosen when Triton is imported.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels are written in Triton")
+ROOT = Path(__file__).parents[2]
+
+PRELUDE = """
+import torch
+import triton.runtime.interpreter as interpreter
+from tests.ops.comparison import worst_error
+
+patch = interpreter._patch_lang_tensor  # Triton 3.6 cannot turn its scalars into indices under NumPy 2
+def patched(tensor, scope):
+    patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+interpreter._patch_lang_tensor = patched
+generator = torch.Generator().manual_seed(1)
+def randn(*shape):
+    return torch.randn(*shape, generator=generator)
+"""
+
+CASES = {
+    "norms": """
+from nanotrain.ops.gpu.gated_norm_triton import grouped_gated_rms_norm
+from nanotrain.ops.gpu.rms_norm_triton import rms_norm
+from nanotrain.ops.gpu.squared_relu_triton import squared_relu
+from nanotrain.ops.rms_norm import grouped_gated_rms_norm_ref, rms_norm_ref
+from nanotrain.ops.squared_relu import squared_relu_ref
+def gated(function):
+    return lambda y, z, w: function(y, z[..., 8:], w, 1e-5, 2)
+pairs = [
+    (gated(grouped_gated_rms_norm), gated(grouped_gated_rms_norm_ref), [randn(2, 3, 40), randn(2, 3, 48), randn(40)]),
+    (lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: rms_norm_ref(x, w, 1e-5), [randn(2, 3, 40), randn(40)]),
+    (squared_relu, squared_relu_ref, [randn(3, 5, 7)]),
+]
+for fast, slow, inputs in pairs:
+    error = worst_error(fast, slow, inputs, torch.float32)
+    assert error < 2e-6, error
+""",
+    "losses": """
+from nanotrain.ops.gpu.softmax_losses_triton import cross_entropy_chunk, kl_divergence_chunk
+from nanotrain.ops.kl_divergence import kl_divergence_chunk_ref
+from nanotrain.ops.linear_cross_entropy import cross_entropy_chunk_ref
+from nanotrain.ops.vocab_shard import VocabShard
+student, teacher = 3 * randn(3, 5000), 3 * randn(3, 5000) + 40
+labels = torch.tensor([0, 4999, 77])
+shard = VocabShard(-5, lambda t: t, lambda t: t)  # this rank's rows begin before label 0
+for sharded in (None, shard):
+    pairs = [(f(student.clone(), labels - 5, sharded, True) if sharded else f(student.clone(), labels, None, True))
+             for f in (cross_entropy_chunk, cross_entropy_chunk_ref)]
+    pairs += [f(student.clone(), teacher.clone(), 1.7, sharded, True)
+              for f in (kl_divergence_chunk, kl_divergence_chunk_ref)]
+    for fast, slow in (pairs[:2], pairs[2:]):
+        torch.testing.assert_close(fast[0], slow[0], rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(fast[1], slow[1], rtol=1e-5, atol=2e-7)
+""",
+    "adamw": """
+from nanotrain.ops.adamw import adamw_update_ref
+from nanotrain.ops.gpu.adamw_triton import adamw_update
+from nanotrain.ops.moments import AdamWStep, new_moments
+for weights, states, shape in (
+    (torch.float32, torch.float32, (7, 13)), (torch.float32, torch.uint8, (20, 256)),
+    (torch.bfloat16, torch.float32, (7, 13)), (torch.bfloat16, torch.uint8, (20, 256)),
+):  # bf16 moments are left to a GPU: the interpreter cuts bf16 off instead of rounding it
+    ours = (0.02 * randn(*shape)).to(weights)
+    twin = ours.clone()
+    moments = new_moments(ours, states), new_moments(twin, states)
+    for step in (1, 2, 3):
+        gradient = (1e-3 * randn(*shape) ** 5).to(weights)
+        numbers = AdamWStep(1e-3, 0.9, 0.95, 1e-8, 0.1, step, (step * 12345, 987))
+        adamw_update(ours, gradient, moments[0], numbers, torch.tensor(True))
+        adamw_update_ref(twin, gradient, moments[1], numbers)
+    unequal = (ours.float() - twin.float()).abs() > 1e-7
+    assert unequal.float().mean() < 0.002, (weights, states, unequal.float().mean())
+    before = ours.clone()
+    adamw_update(ours, gradient, moments[0], numbers, torch.tensor(False))
+    assert ours.equal(before)
+""",
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_kernels_equal_their_slow_twins(name):
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", PRELUDE + CASES[name]]
+    result = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
