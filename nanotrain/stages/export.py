@@ -43,7 +43,7 @@ def export(config: ExportConfig, run: Run) -> Path:
         run.inputs["init_from"], output, config.save_dtype.value, tokenizer_from=tokenizer, name=run.name, seed=run.seed
     )
     results = {
-        "bytes": sum(file.stat().st_size for file in output.iterdir()),
+        "weight_bytes": sum(file.stat().st_size for file in output.glob("*.safetensors")),
         "dtype": config.save_dtype.value,
         "verification": verification,
     }

@@ -149,7 +149,7 @@ def _content(stage: str, draw: random.Random) -> tuple[dict[str, Any], dict[str,
     sft = {"reasoning": {"empty_trace_fraction": 0.1}, "training": training | {"steps": 240}}
     sft_results = _training(240, 1.98, 0.41, 2_450_000) | {"blend": {"chat": 1.0}}
     verification = {"max_abs_logit_difference": 1.2e-6, "tokens_checked": 138}
-    exported = {"bytes": 4_912_331, "dtype": "bfloat16", "verification": verification}
+    exported = {"weight_bytes": 4_912_331, "dtype": "bfloat16", "verification": verification}
     return {
         "PrepareConfig": ({"corpus": {"kind": "pip_mini"}}, _prepare(), []),
         "PretrainConfig": (pretrain, _training(400, 1.92, 3.61, 3_520_000), _metrics(400, 9.0, 3.6, 1.92, draw)),

@@ -83,7 +83,7 @@ def test_export_writes_a_verified_folder(tmp_path: Path, source: Path, dtype: Sa
         assert after[name].equal(tensor.to(after[name].dtype))
     results = json.loads((run.folder / "results.json").read_text())
     assert results["dtype"] == dtype.value
-    assert results["bytes"] == sum(file.stat().st_size for file in folder.iterdir())
+    assert results["weight_bytes"] == (folder / "model.safetensors").stat().st_size
     assert results["verification"]["max_abs_logit_difference"] < 1e-4
     assert results["verification"]["tokens_checked"] > 0
     assert load_config(folder) == CONFIG
