@@ -7,7 +7,9 @@ number of sequences <Q, length of the document index <Q, then int32 lengths, int
 
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -17,6 +19,8 @@ from nanotrain.runtime.files import fsync_folder
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
+_BLOCK = 1 << 20
+"""Documents of the index that are held in memory at a time."""
 _DTYPES = {
     1: np.dtype(np.uint8),
     2: np.dtype(np.int8),
@@ -134,14 +138,26 @@ def _parse_index(idx_file: Path, raw: np.ndarray) -> tuple[np.dtype, np.ndarray,
 
 
 class TokenShardWriter:
-    """Writes a shard under temporary names; `finish` fsyncs and renames, so a kill leaves no half shard.
+    """Writes a shard under other names; `finish` fsyncs and renames, so a kill leaves no half shard.
+
+    Memory does not grow with the shard: lengths go to a file of their own until the index is written.
 
     Args:
         prefix: path without `.bin`/`.idx`; the folder is made.
         dtype: of the stored tokens; `smallest_dtype(vocab_size)` is megatron-core's choice.
+        work_folder: where the unfinished files lie under lasting names, so that another process can go on; by default
+            they get names of this process beside the shard.
+        written: (documents, tokens) in the work folder that count; what a killed process wrote after them is cut off.
     """
 
-    def __init__(self, prefix: Path, dtype: np.dtype | type) -> None:
+    def __init__(
+        self,
+        prefix: Path,
+        dtype: np.dtype | type,
+        *,
+        work_folder: Path | None = None,
+        written: tuple[int, int] = (0, 0),
+    ) -> None:
         self.dtype = np.dtype(dtype)
         if self.dtype not in _CODES:
             raise UserError(
@@ -149,10 +165,12 @@ class TokenShardWriter:
             )
         self._final = shard_files(Path(prefix))
         self._final[0].parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = tuple(file.with_name(f".{file.name}.{os.getpid()}.tmp") for file in self._final)
-        self._bin = open(self._temporary[0], "wb")  # noqa: SIM115 - open across calls, closed by finish
-        self._lengths: list[int] = []
-        self._bounds = [0]
+        stem = self._final[0].with_name(f".{Path(prefix).name}.{os.getpid()}")
+        names = [f"{stem}.{end}.tmp" for end in ("bin", "idx", "lengths")]
+        self.work_files = tuple(map(Path, names)) if work_folder is None else shard_work_files(work_folder)
+        self.documents, self.tokens = written
+        self._bin = _open_at(self.work_files[0], self.tokens * self.dtype.itemsize)
+        self._lengths = _open_at(self.work_files[2], self.documents * 4)
         integer = self.dtype.kind in "iu"
         self._range = (np.iinfo(self.dtype).min, np.iinfo(self.dtype).max) if integer else (-np.inf, np.inf)
 
@@ -160,34 +178,99 @@ class TokenShardWriter:
         """Append one document, which must not be empty.
 
         Raises:
-            UserError: no tokens, or one that the dtype cannot hold.
+            UserError: no tokens, or one that the dtype cannot hold; or the disk is full.
         """
         array = np.asarray(tokens)
-        if array.size == 0:
-            raise UserError(
-                f"`{self._final[0]}`: document {len(self._bounds) - 1} is empty; drop empty documents first."
-            )
-        low, high = array.min(), array.max()
+        self.add_documents(array, np.asarray([array.size]))
+
+    def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents that lie back to back in `tokens`; raises as `add_document`."""
+        name = self._final[0]
+        if not lengths.size:
+            return
+        if lengths.min() < 1:
+            number = self.documents + int(np.argmin(lengths))
+            raise UserError(f"`{name}`: document {number} is empty; drop empty documents first.")
+        if lengths.max() > np.iinfo(np.int32).max:
+            raise UserError(f"`{name}`: a document has {lengths.max()} tokens; the format holds 2,147,483,647.")
+        assert lengths.sum() == tokens.size
+        low, high = tokens.min(), tokens.max()
         if low < self._range[0] or high > self._range[1]:
-            raise UserError(f"`{self._final[0]}`: token {low if low < 0 else high} does not fit dtype {self.dtype}.")
-        self._bin.write(array.astype(self.dtype, copy=False).tobytes())
-        self._lengths.append(array.size)
-        self._bounds.append(len(self._lengths))
+            raise UserError(f"`{name}`: token {low if low < 0 else high} does not fit dtype {self.dtype}.")
+        self._write(self._bin, tokens.astype(self.dtype, copy=False))
+        self._write(self._lengths, lengths.astype(np.int32))
+        self.documents += lengths.size
+        self.tokens += int(tokens.size)
+
+    def _write(self, handle: BinaryIO, array: np.ndarray) -> None:
+        try:
+            handle.write(np.ascontiguousarray(array).data)
+        except OSError as error:
+            raise self._full(error) from None
+
+    def _full(self, error: OSError) -> UserError:
+        return UserError(
+            f"`{self._final[0]}` cannot be written ({error.strerror}); every finished shard is untouched: make room and"
+            " run again."
+        )
+
+    def sync(self) -> None:
+        """Make what was added durable."""
+        try:
+            for handle in (self._bin, self._lengths):
+                handle.flush()
+                os.fsync(handle.fileno())
+        except OSError as error:
+            raise self._full(error) from None
+
+    def seal(self) -> None:
+        """Write the index and fsync everything, still under the other names."""
+        self.sync()
+        try:
+            with open(self.work_files[1], "wb") as idx:
+                idx.write(_HEADER.pack(_MAGIC, _VERSION, _CODES[self.dtype], self.documents, self.documents + 1))
+                for lengths in self._length_blocks():
+                    idx.write(lengths.tobytes())
+                start = 0
+                for lengths in self._length_blocks():
+                    ends = start + np.cumsum(lengths, dtype=np.int64)
+                    idx.write(((ends - lengths) * self.dtype.itemsize).tobytes())
+                    start = int(ends[-1])
+                for first in range(0, self.documents + 1, _BLOCK):
+                    idx.write(np.arange(first, min(first + _BLOCK, self.documents + 1), dtype=np.int64).tobytes())
+                idx.flush()
+                os.fsync(idx.fileno())
+        except OSError as error:
+            raise self._full(error) from None
+        self.close()
+
+    def _length_blocks(self) -> Iterator[np.ndarray]:
+        with open(self.work_files[2], "rb") as handle:
+            while block := handle.read(4 * _BLOCK):
+                yield np.frombuffer(block, np.int32)
+
+    def close(self) -> None:
+        """Close the files; what was not synced may be lost."""
+        self._bin.close()
+        self._lengths.close()
 
     def finish(self) -> None:
-        """Write the index, fsync both files, and give them their names; the index comes last."""
-        lengths = np.asarray(self._lengths, np.int64)
-        pointers = (np.cumsum(lengths) - lengths) * self.dtype.itemsize
-        header = _HEADER.pack(_MAGIC, _VERSION, _CODES[self.dtype], len(lengths), len(self._bounds))
-        with open(self._temporary[1], "wb") as idx:
-            for part in (lengths.astype(np.int32), pointers.astype(np.int64), np.asarray(self._bounds, np.int64)):
-                header += part.tobytes()
-            idx.write(header)
-            idx.flush()
-            os.fsync(idx.fileno())
-        self._bin.flush()
-        os.fsync(self._bin.fileno())
-        self._bin.close()
-        for temporary, final in zip(self._temporary, self._final, strict=True):
+        """Write the index, fsync, and give both files their names; the index comes last."""
+        self.seal()
+        self.work_files[2].unlink()
+        for temporary, final in zip(self.work_files[:2], self._final, strict=True):
             os.replace(temporary, final)
         fsync_folder(self._final[0].parent)
+
+
+def shard_work_files(folder: Path) -> tuple[Path, Path, Path]:
+    """Return where a writer keeps tokens, index and lengths in a work folder."""
+    return folder / "tokens.bin", folder / "tokens.idx", folder / "lengths.int32"
+
+
+def _open_at(file: Path, size: int) -> BinaryIO:
+    """Open for writing after the first `size` bytes, which must be there."""
+    handle = open(file, "r+b" if size else "wb")  # noqa: SIM115 - open across calls, closed by close
+    handle.truncate(size)
+    handle.seek(size)
+    return handle
