@@ -1,11 +1,12 @@
 """A prepared data folder and its manifest: nothing is read before its bytes were checked against the manifest."""
 
-import functools
+import fnmatch
 import json
 from pathlib import Path
 from typing import Any
 
 from nanotrain.config.errors import MissingInputError, UserError
+from nanotrain.data.verified_files import verify_file
 from nanotrain.runtime.files import file_digest, write_json_atomic
 
 MANIFEST = "manifest.json"
@@ -68,17 +69,19 @@ class DataFolder:
         path = self.folder / name
         if name not in self._files:
             raise UserError(f"`{path}` is not listed in `{self.folder / MANIFEST}`; run the prepare stage again.")
-        if not path.is_file():
-            raise MissingInputError(f"`{path}` is missing though the manifest lists it; run the prepare stage again.")
-        stat = path.stat()
-        if stat.st_size != self._files[name]["bytes"] or (
-            _digest(path, stat.st_size, stat.st_mtime_ns, stat.st_ino) != self._files[name]["sha256"]
-        ):
-            raise UserError(
-                f"`{path}` does not match its sha256 in `{self.folder / MANIFEST}`: the file was changed or cut off;"
-                " run the prepare stage again."
-            )
-        return path
+        entry = self._files[name]
+        manifest = self.folder / MANIFEST
+        return verify_file(
+            path, size=entry["bytes"], sha256=entry["sha256"], manifest=manifest, remedy="run the prepare stage again"
+        )
+
+    def shards(self, category: str, split: str) -> list[Path]:
+        """Return the prefixes of a category's shards, `split` or `split-*` in the order of their names, all checked."""
+        stems = [name.removesuffix(".bin") for name in sorted(self._files) if name.endswith(".bin")]
+        found = [stem for stem in stems if fnmatch.fnmatchcase(stem, f"{category}/{split}-*")]
+        if f"{category}/{split}" in stems or not found:
+            found.insert(0, f"{category}/{split}")
+        return [self.shard(category, stem.removeprefix(f"{category}/")) for stem in found]
 
     def shard(self, category: str, split: str) -> Path:
         """Return the prefix of a token shard after checking both of its files."""
@@ -100,9 +103,3 @@ class DataFolder:
                 f"`{file}` is not the tokenizer of the data in `{self.folder}` (sha256 differs); use the data that the"
                 " checkpoint was trained on, or the other way round."
             )
-
-
-@functools.lru_cache(maxsize=4096)
-def _digest(path: Path, size: int, modified_ns: int, inode: int) -> str:
-    """Hash a file once per process and version of the file."""
-    return file_digest(path)

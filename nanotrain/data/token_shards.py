@@ -109,6 +109,11 @@ class TokenShard:
             raise IndexError(f"tokens {start}:{stop} of {self.num_tokens} in {self.prefix}")
         return self._tokens[start:stop]
 
+    def borders(self, start: int, stop: int) -> np.ndarray:
+        """Return the positions in [start, stop) at which a document begins, or the shard ends; [n] int64."""
+        first, last = np.searchsorted(self.document_starts, (start, stop))
+        return self.document_starts[first:last]
+
     def document_of(self, start: int, stop: int) -> np.ndarray:
         """Return for each token position in [start, stop) the number of its document, [stop - start] int64."""
         first = int(np.searchsorted(self.document_starts, start, side="right")) - 1
