@@ -54,7 +54,7 @@ def full_tokenizer(folder: Path) -> Path:
 def theirs(file: Path, tokenizer, dtype, prefix: Path) -> float:
     """What Megatron's preprocessing does for each line, in one process."""
     start = time.perf_counter()
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype.type)
     with open(file, encoding="utf-8") as lines:
         for line in lines:
             ids = tokenizer.encode(json.loads(line)["text"], add_special_tokens=False).ids
