@@ -9,6 +9,7 @@ import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from stat import S_ISREG
 from typing import BinaryIO
 
 import numpy as np
@@ -58,25 +59,21 @@ class TokenShard:
     def __init__(self, prefix: Path) -> None:
         self.prefix = Path(prefix)
         bin_file, idx_file = shard_files(self.prefix)
-        for file in (bin_file, idx_file):
-            if not file.is_file():
-                raise MissingInputError(f"`{file}` is missing; run the prepare stage to write this token shard.")
-        raw = np.memmap(idx_file, mode="r", dtype=np.uint8) if idx_file.stat().st_size else np.zeros(0, np.uint8)
-        self.dtype, lengths, pointers, documents = _parse_index(idx_file, raw)
-        self._check(bin_file, idx_file, lengths, pointers, documents)
-        sequence_starts = np.concatenate([pointers // self.dtype.itemsize, [bin_file.stat().st_size]])
-        sequence_starts[-1] //= self.dtype.itemsize
+        size = _size_of(bin_file)
+        _size_of(idx_file)
+        self.dtype, lengths, pointers, documents = _parse_index(idx_file, idx_file.read_bytes())
+        self._check(bin_file, size, lengths, pointers, documents)
+        sequence_starts = np.append(pointers, size) // self.dtype.itemsize
         self.document_starts = sequence_starts[documents]
         """[documents + 1] int64: position of each document's first token, then the number of tokens."""
-        has_tokens = bin_file.stat().st_size > 0
-        self._tokens = np.memmap(bin_file, mode="r", dtype=self.dtype) if has_tokens else np.zeros(0, self.dtype)
+        self._tokens = np.memmap(bin_file, mode="r", dtype=self.dtype) if size else np.zeros(0, self.dtype)
         empty = np.flatnonzero(np.diff(self.document_starts) == 0)
         if empty.size:
             raise UserError(f"`{bin_file}` holds an empty document (number {empty[0]}); write the shard again without.")
 
-    def _check(self, bin_file: Path, idx_file: Path, lengths, pointers, documents) -> None:
+    def _check(self, bin_file: Path, size: int, lengths, pointers, documents) -> None:
         """Refuse an index that points outside the tokens, before anything reads through it."""
-        size, item = bin_file.stat().st_size, self.dtype.itemsize
+        item, idx_file = self.dtype.itemsize, bin_file.with_suffix(".idx")
         ends = np.cumsum(lengths, dtype=np.int64) * item
         expected = int(ends[-1]) if lengths.size else 0
         if size != expected:
@@ -122,22 +119,33 @@ class TokenShard:
         return np.repeat(np.arange(first, first + len(bounds) - 1), np.diff(bounds))
 
 
-def _parse_index(idx_file: Path, raw: np.ndarray) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
+def _size_of(file: Path) -> int:
+    """Return the bytes of a regular file."""
+    try:
+        stat = file.stat()
+    except OSError:
+        stat = None
+    if stat is None or not S_ISREG(stat.st_mode):
+        raise MissingInputError(f"`{file}` is missing; run the prepare stage to write this token shard.")
+    return stat.st_size
+
+
+def _parse_index(idx_file: Path, raw: bytes) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
     """Return (dtype, lengths, byte offsets, document index) of an index file."""
-    if raw.size < _HEADER.size or bytes(raw[: len(_MAGIC)]) != _MAGIC:
+    if len(raw) < _HEADER.size or raw[: len(_MAGIC)] != _MAGIC:
         raise UserError(f"`{idx_file}` does not begin like a Megatron index; give the prefix of a .bin/.idx pair.")
-    _, version, code, num_sequences, num_bounds = _HEADER.unpack(bytes(raw[: _HEADER.size]))
+    _, version, code, num_sequences, num_bounds = _HEADER.unpack_from(raw)
     if version != _VERSION:
         raise UserError(f"`{idx_file}` has index version {version}; only version {_VERSION} is known.")
     if code not in _DTYPES:
         raise UserError(f"`{idx_file}` has the unknown dtype code {code}; known are {', '.join(map(str, _DTYPES))}.")
     sizes = (4 * num_sequences, 8 * num_sequences, 8 * num_bounds)
-    rest = raw.size - _HEADER.size - sum(sizes)
+    rest = len(raw) - _HEADER.size - sum(sizes)
     if rest not in (0, num_sequences):  # multimodal data sets append one int8 mode a sequence
-        raise UserError(f"`{idx_file}` has {raw.size} bytes, {abs(rest)} {'too many' if rest > 0 else 'too few'}.")
+        raise UserError(f"`{idx_file}` has {len(raw)} bytes, {abs(rest)} {'too many' if rest > 0 else 'too few'}.")
     arrays, position = [], _HEADER.size
     for size, dtype in zip(sizes, (np.int32, np.int64, np.int64), strict=True):
-        arrays.append(np.frombuffer(raw[position : position + size].tobytes(), dtype=dtype))
+        arrays.append(np.frombuffer(raw, dtype, size // np.dtype(dtype).itemsize, position))
         position += size
     return _DTYPES[code], arrays[0], arrays[1], arrays[2]
 

@@ -75,15 +75,16 @@ class TokenSource:
         self._length = sequence_length
         if not prefixes:
             raise UserError(f"source `{name}` lists no shard; give at least one prefix of a .bin/.idx pair.")
-        seen: dict[Path, Path] = {}
-        for prefix in prefixes:
-            first = seen.setdefault(shard_files(prefix)[0].resolve(), prefix)
-            if first is not prefix:
-                raise UserError(
-                    f"source `{name}` lists the shard `{prefix}` twice (the other is `{first}`), so its documents would"
-                    " be repeated unnoticed; remove one, or raise the source's weight."
-                )
         self.shards = [TokenShard(prefix) for prefix in prefixes]
+        seen: dict[tuple[int, int], Path] = {}
+        for shard in self.shards:
+            stat = shard_files(shard.prefix)[0].stat()
+            first = seen.setdefault((stat.st_dev, stat.st_ino), shard.prefix)
+            if first is not shard.prefix:
+                raise UserError(
+                    f"source `{name}` lists the shard `{shard.prefix}` twice (the other is `{first}`), so its documents"
+                    " would be repeated unnoticed; remove one, or raise the source's weight."
+                )
         for shard in self.shards:
             if not shard.num_documents:
                 raise UserError(f"`{shard.prefix}` of source `{name}` holds no document; leave the shard out.")

@@ -6,6 +6,7 @@ from nanotrain.checkpoint.hf_folder import load_config, load_model
 from nanotrain.config.errors import UserError
 from nanotrain.config.stage import DistillConfig
 from nanotrain.data.loader import PretrainLoader
+from nanotrain.data.prefetch import PrefetchingLoader
 from nanotrain.engines import build_engine
 from nanotrain.losses.distillation import ForwardKL
 from nanotrain.runtime.run import Run
@@ -43,10 +44,11 @@ def distill(config: DistillConfig, run: Run) -> Path:
     loader = PretrainLoader(
         data, config.curriculum, config.training, run.seed, dp_rank=engine.dp_rank, dp_size=engine.dp_size
     )
+    ahead = PrefetchingLoader(loader, config.training.steps)
     evaluate = held_out_callback(engine, data, config.training)
     with teacher_engine.head() as head:
         loss_fn = ForwardKL(head, config.temperature)
-        summary = train(engine, TeacherLoader(loader, teacher_engine), loss_fn, config.training, run, evaluate)
+        summary = train(engine, TeacherLoader(ahead, teacher_engine), loss_fn, config.training, run, evaluate)
     return save_trained(
         engine,
         run,

@@ -5,6 +5,7 @@ from pathlib import Path
 from nanotrain.checkpoint.hf_folder import load_config
 from nanotrain.config.stage import PretrainConfig
 from nanotrain.data.loader import PretrainLoader
+from nanotrain.data.prefetch import PrefetchingLoader
 from nanotrain.engines import build_engine
 from nanotrain.losses.language_modeling import CrossEntropy
 from nanotrain.model.hybrid import HybridModel
@@ -36,8 +37,9 @@ def pretrain(config: PretrainConfig, run: Run) -> Path:
     loader = PretrainLoader(
         data, config.curriculum, config.training, run.seed, dp_rank=engine.dp_rank, dp_size=engine.dp_size
     )
+    ahead = PrefetchingLoader(loader, config.training.steps)
     evaluate = held_out_callback(engine, data, config.training)
-    summary = train(engine, loader, CrossEntropy(), config.training, run, evaluate)
+    summary = train(engine, ahead, CrossEntropy(), config.training, run, evaluate)
     return save_trained(
         engine,
         run,
