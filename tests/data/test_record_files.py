@@ -1,3 +1,4 @@
+import functools
 import gzip
 import json
 import sys
@@ -30,7 +31,7 @@ def write(file, rows=ROWS):
     if file.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=70, write_page_checksum=True)
     else:
-        pack = {".gz": gzip.compress, ".zst": checked_zstd}.get(file.suffix, bytes)
+        pack = {".gz": functools.partial(gzip.compress, mtime=0), ".zst": checked_zstd}.get(file.suffix, bytes)
         file.write_bytes(pack(as_jsonl(rows)))
     return file
 

@@ -211,6 +211,7 @@ def test_unfinished_work_of_another_job_and_of_a_running_one_is_left_alone(corpu
         ("bad.jsonl", b'{"text": null}\n\n{"text": ""}\n', "none of the 1 input files .* holds a document", 1),
         ("bad.txt", b"\xff", r"bad\.txt` is not UTF-8", 1),
     ],
+    ids=["utf-8", "cut-gzip", "parquet", "not-text", "no-document", "text"],
 )
 def test_bad_input_is_one_error_and_no_shard(tmp_path, tokenizer_folder, name, content, message, workers):
     (tmp_path / name).write_bytes(content)
