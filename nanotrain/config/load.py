@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nanotrain.config.blend import resolve_blends
 from nanotrain.config.errors import MissingInputError, UserError, nearest
 from nanotrain.config.load_checks import (
     RESERVED,
@@ -34,6 +35,7 @@ from nanotrain.config.load_checks import (
 from nanotrain.config.load_messages import composition_error, missing_values_error, shown_path
 from nanotrain.config.overrides import Override, SweepJob, sweep_suffix
 from nanotrain.config.run import PipelineConfig, RecipeConfig
+from nanotrain.config.shipped import package_folder
 from nanotrain.config.stage import STAGE_CONFIGS
 
 SHARED_GROUPS = {"engine": "torch", "tracking": "none"}
@@ -76,13 +78,6 @@ class LoadedRecipe:
             body = {key: value for key, value in entry.resolved.items() if key not in head}
             parts.append(yaml.safe_dump({entry.name: body}, sort_keys=False))
         return "\n".join(parts)
-
-
-def package_folder(name: str) -> Path:
-    """Return the folder `configs` or `recipes`: inside the installed package, else in the checkout around it."""
-    package = Path(__file__).resolve().parent.parent
-    inside = package / name
-    return inside if inside.is_dir() else package.parent / name
 
 
 def find_recipe(path: str | Path) -> Path:
@@ -262,6 +257,7 @@ def _load_entry(
             if "seed" not in raw and not any(override.head == "seed" for override in overrides):
                 composed.seed = pipeline.seed
         require_schema(composed, file, key_prefix)
+        resolve_blends(composed, file)
         missing = missing_keys(composed)
         if missing:
             raise missing_values_error(missing, file, key_prefix)

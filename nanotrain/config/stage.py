@@ -5,7 +5,14 @@ from enum import Enum
 
 from omegaconf import MISSING
 
-from nanotrain.config.data import CorpusConfig, PhaseConfig, ReasoningConfig, validate_curriculum
+from nanotrain.config.data import (
+    CATEGORIES,
+    CorpusConfig,
+    PhaseConfig,
+    ReasoningConfig,
+    names_a_folder,
+    validate_curriculum,
+)
 from nanotrain.config.errors import UserError
 from nanotrain.config.model import ModelConfig
 from nanotrain.config.training import TrainingConfig
@@ -46,7 +53,8 @@ class PretrainConfig(StageConfig):
     def validate(self, path: str) -> None:
         if not self.architecture_from:
             self.model.validate(f"{path}.model")
-        validate_curriculum(self.curriculum, f"{path}.curriculum")
+        sources = None if names_a_folder(self.data_from) else CATEGORIES
+        validate_curriculum(self.curriculum, f"{path}.curriculum", sources)
         self.training.validate(f"{path}.training")
 
 
@@ -133,7 +141,8 @@ class DistillConfig(StageConfig):
     def validate(self, path: str) -> None:
         if not self.temperature > 0:
             raise UserError(f"`{path}.temperature` ({self.temperature}) must be greater than 0.")
-        validate_curriculum(self.curriculum, f"{path}.curriculum")
+        sources = None if names_a_folder(self.data_from) else CATEGORIES
+        validate_curriculum(self.curriculum, f"{path}.curriculum", sources)
         self.training.validate(f"{path}.training")
 
 

@@ -6,9 +6,13 @@ allow: after any number of samples, each source has been drawn its weight x that
 
 import bisect
 import heapq
+import itertools
 import math
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator
 from fractions import Fraction
+
+import numpy as np
 
 from nanotrain.config.data import PhaseConfig
 
@@ -36,34 +40,45 @@ def _integer_shares(weights: list[float]) -> list[int]:
     return rounded
 
 
-def interleave(shares: list[int]) -> list[int]:
-    """Return a table of sum(shares) source numbers in which every prefix keeps the shares to less than one draw.
+def _windows(shares: list[int]) -> tuple[list[int], list[int]]:
+    """Return how many windows open at each entry of a table, and all windows' codes in the order of their opening.
+
+    A code is deadline x number of sources + source, so codes sort as the pairs do.
+    """
+    period, sources = sum(shares), len(shares)
+    releases, codes = [], []
+    for source, share in enumerate(shares):
+        draws = np.arange(share, dtype=np.int64)
+        releases.append(draws * period // max(1, share))
+        codes.append(-(-(draws + 1) * period // max(1, share)) * sources + source)
+    release = np.concatenate(releases)
+    order = np.argsort(release, kind="stable")
+    return np.bincount(release, minlength=period).tolist(), np.concatenate(codes)[order].tolist()
+
+
+def interleave(shares: list[int]) -> Iterator[int]:
+    """Yield sum(shares) source numbers, of which every prefix keeps the shares to less than one draw.
 
     The j-th draw of a source with n of P entries must fall in the window [floor(jP/n), ceil((j+1)P/n)). Taking, at each
     entry, the open window that closes first always meets all windows (earliest deadline first on one machine).
     """
-    period = sum(shares)
-    releases = [(0, source) for source, share in enumerate(shares) if share]
-    heapq.heapify(releases)
-    open_windows: list[tuple[int, int]] = []
-    drawn = [0] * len(shares)
-    table = []
-    for entry in range(period):
-        while releases and releases[0][0] <= entry:
-            source = heapq.heappop(releases)[1]
-            deadline = -(-(drawn[source] + 1) * period // shares[source])
-            heapq.heappush(open_windows, (deadline, source))
-        deadline, source = heapq.heappop(open_windows)
-        assert deadline > entry
-        table.append(source)
-        drawn[source] += 1
-        if drawn[source] < shares[source]:
-            heapq.heappush(releases, (drawn[source] * period // shares[source], source))
-    return table
+    opening, codes = _windows(shares)
+    waiting = iter(codes)
+    sources, windows = len(shares), []
+    push, pop, push_and_pop = heapq.heappush, heapq.heappop, heapq.heappushpop
+    for count in opening:
+        if count == 1:  # nearly always
+            yield push_and_pop(windows, next(waiting)) % sources
+            continue
+        for code in itertools.islice(waiting, count):
+            push(windows, code)
+        yield pop(windows) % sources
 
 
 class Blend:
     """An endless sequence of sources in fixed proportions.
+
+    The table is worked out as far as it is asked for.
 
     Args:
         weights: source name -> weight; any positive scale.
@@ -71,33 +86,38 @@ class Blend:
 
     def __init__(self, weights: dict[str, float]) -> None:
         self.sources = [name for name, weight in weights.items() if weight > 0]
-        shares = _integer_shares([weights[name] for name in self.sources])
-        self._table = interleave(shares)
-        self._positions: list[list[int]] = [[] for _ in self.sources]
-        for entry, source in enumerate(self._table):
-            self._positions[source].append(entry)
+        self._shares = _integer_shares([weights[name] for name in self.sources])
+        self._period = sum(self._shares)
+        self._rest = interleave(self._shares)
+        self._table: list[int] = []
+        self._before: list[int] = []  # draws of the entry's source before it
+        self._drawn = [0] * len(self.sources)
+        self._extending = threading.Lock()
+
+    def _extend(self, entries: int) -> None:
+        """Work out the table's first `entries` entries."""
+        if entries <= len(self._table):
+            return
+        with self._extending:  # a prefetching thread may ask at the same time
+            for source in itertools.islice(self._rest, max(0, entries - len(self._table))):
+                self._before.append(self._drawn[source])
+                self._drawn[source] += 1
+                self._table.append(source)
 
     def draw(self, k: int) -> tuple[str, int]:
         """Return the source of the k-th sample and how many samples of that source came before it."""
-        cycle, entry = divmod(k, len(self._table))
+        cycle, entry = divmod(k, self._period)
+        self._extend(entry + 1)
         source = self._table[entry]
-        positions = self._positions[source]
-        return self.sources[source], cycle * len(positions) + bisect.bisect_left(positions, entry)
+        return self.sources[source], cycle * self._shares[source] + self._before[entry]
 
     def counts(self, k: int) -> dict[str, int]:
         """Return how many of the first k samples come from each source."""
-        cycle, entry = divmod(k, len(self._table))
-        return {
-            name: cycle * len(positions) + bisect.bisect_left(positions, entry)
-            for name, positions in zip(self.sources, self._positions, strict=True)
-        }
-
-
-@dataclass(frozen=True)
-class _Phase:
-    start: int
-    blend: Blend
-    drawn_before: dict[str, int]
+        cycle, entry = divmod(k, self._period)
+        self._extend(entry)
+        drawn = np.bincount(np.asarray(self._table[:entry], np.int64), minlength=len(self.sources)).tolist()
+        shares = zip(self.sources, self._shares, drawn, strict=True)
+        return {name: cycle * share + count for name, share, count in shares}
 
 
 class Curriculum:
@@ -110,21 +130,30 @@ class Curriculum:
 
     def __init__(self, phases: list[PhaseConfig], num_samples: int) -> None:
         self.num_samples = num_samples
-        self._phases: list[_Phase] = []
-        start, drawn = 0, {}
-        for config in phases:
-            end = round(config.until * num_samples)
-            blend = Blend(config.weights)
-            self._phases.append(_Phase(start, blend, dict(drawn)))
-            for name, count in blend.counts(end - start).items():
+        ends = [round(config.until * num_samples) for config in phases]
+        self._starts = [0, *ends[:-1]]
+        self._lengths = [end - start for start, end in zip(self._starts, ends, strict=True)]
+        self._blends = [Blend(config.weights) for config in phases]
+        self._before: list[dict[str, int]] = [{}]  # samples of each source before a phase, as far as asked for
+
+    def _drawn_before(self, phase: int) -> dict[str, int]:
+        """Return the samples of each source in all phases before this one."""
+        while len(self._before) <= phase:
+            last = len(self._before) - 1
+            drawn = dict(self._before[last])
+            for name, count in self._blends[last].counts(self._lengths[last]).items():
                 drawn[name] = drawn[name] + count if name in drawn else count
-            start = end
-        self.totals: dict[str, int] = drawn
+            self._before.append(drawn)
+        return self._before[phase]
+
+    @property
+    def totals(self) -> dict[str, int]:
         """Samples of each source over the whole stage."""
-        self._starts = [phase.start for phase in self._phases]
+        return dict(self._drawn_before(len(self._blends)))
 
     def draw(self, k: int) -> tuple[str, int]:
         """Return the source of global sample k and its number within that source, counted over all phases."""
-        phase = self._phases[bisect.bisect_right(self._starts, k) - 1]
-        name, number = phase.blend.draw(k - phase.start)
-        return name, number + (phase.drawn_before[name] if name in phase.drawn_before else 0)
+        phase = bisect.bisect_right(self._starts, k) - 1
+        name, number = self._blends[phase].draw(k - self._starts[phase])
+        drawn = self._drawn_before(phase)
+        return name, number + (drawn[name] if name in drawn else 0)

@@ -7,19 +7,23 @@ digests of its files, so a killed run does only the rest and ends in the same by
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from nanotrain.config.data import CATEGORIES, CorpusConfig
+from nanotrain.config.errors import UserError
 from nanotrain.data import chat_rows
 from nanotrain.data.chat_mixture import build_rows
 from nanotrain.data.corpora.conversations import chitchat_turns
-from nanotrain.data.documents import Document, cap_bytes, drop_duplicates, ngram_overlap, split_by_family, unit_hash
+from nanotrain.data.documents import Document, cap_bytes, drop_duplicates, split_by_family, unit_hash
 from nanotrain.data.manifest import write_manifest
+from nanotrain.data.overlap import overlap_report
+from nanotrain.data.packages import AnyPackage, open_package, package_version
 from nanotrain.data.pip_mini import (
     CHITCHAT_PACKAGE,
     NUM_ROW_DOCUMENTS,
@@ -31,11 +35,12 @@ from nanotrain.data.pip_mini import (
 )
 from nanotrain.data.token_shards import TokenShardWriter, smallest_dtype
 from nanotrain.data.tokenizer import NUM_SPECIALS, CorpusEncoder, build_tokenizer, read_tekken, save_tokenizer
-from nanotrain.data.wheels import WheelReader, cache_folder, ensure_wheels
+from nanotrain.data.wheels import Package, WheelReader, cache_folder, ensure_wheels
 from nanotrain.runtime.files import file_digest
 from nanotrain.runtime.progress import Progress
 
 _LOG = logging.getLogger("nanotrain")
+_ENCODED_AT_ONCE = 4096
 TOKENIZER_FILES = tuple(
     f"tokenizer/{name}"
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -48,6 +53,12 @@ def shard_names(category: str) -> tuple[str, ...]:
     return tuple(f"{category}/{split}.{end}" for split in ("train", "validation") for end in ("bin", "idx"))
 
 
+def _encoded(encoder: CorpusEncoder, documents: list[Document]) -> Iterator[np.ndarray]:
+    """Yield the ids of each document; a part at a time, because lists of ids are large."""
+    for start in range(0, len(documents), _ENCODED_AT_ONCE):
+        yield from encoder.encode_documents([d.text for d in documents[start : start + _ENCODED_AT_ONCE]])
+
+
 class CorpusBuilder:
     """One build of one data folder.
 
@@ -55,8 +66,9 @@ class CorpusBuilder:
         config: what to build.
         folder: the data folder.
         progress: journal of finished units.
-        sources: the table of sources; tests give a smaller one.
-        wheels: package name -> wheel.
+        wheels: package name -> its file: a wheel, a Debian package or an npm tarball.
+        sources: the table of sources.
+        packages: the table of packages.
     """
 
     def __init__(
@@ -66,12 +78,15 @@ class CorpusBuilder:
         progress: Progress,
         wheels: dict[str, Path],
         sources: tuple[Source, ...] = SOURCES,
+        packages: tuple[AnyPackage, ...] = PACKAGES,
     ) -> None:
         self._config, self._folder, self._progress = config, folder, progress
-        self._wheels, self._sources = wheels, sources
+        self._wheels, self._sources, self._packages = wheels, sources, packages
         self._digests = {name: file_digest(wheel) for name, wheel in wheels.items()}
         settings = {name: str(value) for name, value in sorted(vars(config).items())}
-        identity = json.dumps([settings, version("nanotrain"), version("reasoning-gym"), self._digests], sort_keys=True)
+        caps = {source.name: source.max_bytes for source in sources}
+        versions = [version("nanotrain"), version("reasoning-gym")]
+        identity = json.dumps([settings, *versions, self._digests, caps], sort_keys=True)
         self._key = hashlib.sha256(identity.encode()).hexdigest()[:16]
 
     def build(self) -> dict[str, Any]:
@@ -133,8 +148,13 @@ class CorpusBuilder:
         for source in self._sources:
             if source.category != category:
                 continue
-            with WheelReader(self._wheels[source.package]) as reader:
+            with open_package(self._wheels[source.package]) as reader:
                 found = [document for document in source.extract(reader) if document.text.strip()]
+            if not found:
+                raise UserError(
+                    f"source `{source.name}` found no document in `{self._wheels[source.package].name}`: this version of"
+                    f" the package has another layout; use the version that docs/data.md names."
+                )
             unique = drop_duplicates(found, seen)
             dropped += len(found) - len(unique)
             documents += cap_bytes(unique, source.max_bytes)
@@ -148,13 +168,19 @@ class CorpusBuilder:
     def _build_category(self, category: str) -> dict[str, Any]:
         documents, dropped = self._documents(category)
         train, validation = split_by_family(documents, self._config.validation_fraction)
+        overlap, validation = overlap_report(train, validation, self._config.max_validation_overlap)
+        if not validation:
+            raise UserError(
+                f"every held-out document of `{category}` shares more than `max_validation_overlap`"
+                f" ({self._config.max_validation_overlap}) of its 13-word windows with training text; raise it."
+            )
         encoder = CorpusEncoder(self._folder / "tokenizer")
         sources: dict[str, dict[str, int]] = {}
         numbers: dict[str, Any] = {}
         for split, side in (("train", train), ("validation", validation)):
             writer = TokenShardWriter(self._folder / category / split, smallest_dtype(self._config.vocab_size))
             total = 0
-            for document, tokens in zip(side, encoder.encode_documents([d.text for d in side]), strict=True):
+            for document, tokens in zip(side, _encoded(encoder, side), strict=True):
                 writer.add_document(tokens)
                 total += len(tokens)
                 count = sources.setdefault(document.source, {"documents": 0, "bytes": 0, "tokens": 0})
@@ -167,14 +193,21 @@ class CorpusBuilder:
         return numbers | {
             "bytes": sum(count["bytes"] for count in sources.values()),
             "duplicates_removed": dropped,
-            "validation_13gram_overlap": ngram_overlap([d.text for d in train], [d.text for d in validation]),
+            "validation_13gram_overlap": overlap["share"],
+            "overlap": overlap,
             "sources": sources,
         }
+
+    def _package_digest(self, package: AnyPackage) -> str:
+        """A compiled package's wheel differs by platform: what is read from it is pinned instead."""
+        if isinstance(package, Package) and package.members:
+            return package.members[0][1]
+        return self._digests[package.name]
 
     def _finish(self, done: dict[str, dict[str, Any]], files: list[str]) -> dict[str, Any]:
         """Write the manifest and return the results."""
         categories = {category: dict(done[category]) for category in CATEGORIES}
-        packages = {package.name: package for package in PACKAGES}
+        packages = {package.name: package for package in self._packages}
         listed = []
         for category in CATEGORIES:
             counts = categories[category].pop("sources")
@@ -183,9 +216,8 @@ class CorpusBuilder:
                     package = packages[source.package]
                     listed.append(
                         {"name": source.name, "category": category, "package": package.name, "member": source.member}
-                        | {"version": package.version, "licence": package.licence}
-                        # a compiled package's wheel differs by platform: what is read from it is pinned instead
-                        | {"sha256": package.members[0][1] if package.members else self._digests[package.name]}
+                        | {"version": package_version(package, self._wheels[package.name]), "licence": package.licence}
+                        | {"sha256": self._package_digest(package)}
                         | counts[source.name]
                     )
             if "chat-rows" in counts:

@@ -5,17 +5,11 @@ translations, a template, a conversation. The split looks at the family's name o
 """
 
 import hashlib
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
 from nanotrain.config.errors import UserError
-
-_NGRAM = 13
-"""Words; the usual length in contamination reports."""
 
 
 @dataclass(frozen=True)
@@ -116,30 +110,3 @@ def split_by_family(documents: list[Document], validation_fraction: float) -> tu
     held_out.discard(order[-1])
     train = [document for document in documents if document.family not in held_out]
     return train, [document for document in documents if document.family in held_out]
-
-
-def _ngram_hashes(texts: list[str]) -> np.ndarray:
-    """Return one uint64 for every window of 13 words that lies inside one text."""
-    words, borders = [], []
-    for text in texts:
-        hashed = [zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in text.split()]
-        if len(hashed) >= _NGRAM:
-            words.extend(hashed)
-            borders.append(len(words))
-    count = len(words) - _NGRAM + 1
-    if count < 1:
-        return np.zeros(0, np.uint64)
-    array = np.asarray(words, np.uint64)
-    total = np.zeros(count, np.uint64)
-    for offset in range(_NGRAM):
-        total = total * np.uint64(0x9E3779B97F4A7C15) + (array[offset : offset + count] ^ np.uint64(0xBF58476D1CE4E5B9))
-    inside = np.ones(count, bool)
-    for border in borders[:-1]:
-        inside[border - _NGRAM + 1 : border] = False
-    return total[inside]
-
-
-def ngram_overlap(train: list[str], validation: list[str]) -> float:
-    """Return the share of the validation texts' 13-word windows that occur in the training texts; 0 without windows."""
-    wanted = _ngram_hashes(validation)
-    return float(np.isin(wanted, _ngram_hashes(train)).mean()) if wanted.size else 0.0

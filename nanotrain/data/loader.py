@@ -5,14 +5,14 @@ step's samples. Nothing is built in proportion to the amount of text.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from nanotrain.config.data import PhaseConfig, ReasoningConfig
-from nanotrain.config.errors import UserError
+from nanotrain.config.errors import UserError, nearest
 from nanotrain.config.training import TrainingConfig
 from nanotrain.data.blend import Curriculum
 from nanotrain.data.chat import encode_rows
@@ -22,51 +22,44 @@ from nanotrain.data.packing import best_fit
 from nanotrain.data.permutation import derive_key, permuted_index
 from nanotrain.data.reasoning import shape_rows
 from nanotrain.data.token_shards import TokenShard
+from nanotrain.data.token_source import Row, TokenSource, verify_shard, write_chunk
 from nanotrain.data.tokenizer import UNK_ID, load_tokenizer_json
 from nanotrain.model.batch import IGNORE_INDEX, MicroBatch
 
-Sample = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""input ids, labels, segment ids; each [S]."""
 _TRAINING_PATH = "stage.training"
 
 
-def _stack(samples: list[Sample]) -> MicroBatch:
-    inputs, labels, segments = (np.stack(column) for column in zip(*samples, strict=True))
-    return MicroBatch(
-        torch.from_numpy(inputs.astype(np.int64)),
-        torch.from_numpy(labels.astype(np.int64)),
-        torch.from_numpy(segments.astype(np.int32)),
-    )
+def _used(curriculum: list[PhaseConfig]) -> list[str]:
+    """Return the sources that are drawn from, in the order in which they first appear."""
+    return list(dict.fromkeys(name for phase in curriculum for name, weight in phase.weights.items() if weight > 0))
+
+
+def _batch(numbers: Sequence[int], length: int, write: Callable[[int, Row], None]) -> MicroBatch:
+    """Return the samples with these numbers, each written by `write` into its row."""
+    shape = (len(numbers), length)
+    inputs, labels, segments = np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.int32)
+    for row, number in enumerate(numbers):
+        write(number, (inputs[row], labels[row], segments[row]))
+    return MicroBatch(torch.from_numpy(inputs), torch.from_numpy(labels), torch.from_numpy(segments))
 
 
 def _rank_microbatches(
-    step: int, training: TrainingConfig, dp_rank: int, dp_size: int, sample: Callable[[int], Sample]
+    step: int, training: TrainingConfig, dp_rank: int, dp_size: int, write: Callable[[int, Row], None]
 ) -> list[MicroBatch]:
     """Return this rank's part of a step's global samples, in micro-batches."""
     if not 0 <= step < training.steps:
         raise IndexError(f"step {step} of {training.steps}")
     per_rank = training.global_batch_size // dp_size
     first = step * training.global_batch_size + dp_rank * per_rank
-    size = training.micro_batch_size
-    return [_stack([sample(k) for k in range(at, at + size)]) for at in range(first, first + per_rank, size)]
-
-
-def chunk_of(shard: TokenShard, start: int, length: int) -> Sample:
-    """Return `length` tokens of the concatenated documents from `start`, and the tokens after them as labels.
-
-    A label that would cross into the next document is ignored; each document is a segment.
-    """
-    tokens = shard.tokens(start, start + length + 1).astype(np.int64)
-    document = shard.document_of(start, start + length + 1)
-    labels = np.where(document[1:] == document[:-1], tokens[1:], IGNORE_INDEX)
-    return tokens[:-1], labels, document[:-1] - document[0]
+    size, length = training.micro_batch_size, training.sequence_length
+    return [_batch(range(at, at + size), length, write) for at in range(first, first + per_rank, size)]
 
 
 class PretrainLoader:
     """Documents concatenated and cut into sequences, drawn from a curriculum of blends.
 
-    Each source is walked in epochs, every epoch in another order; a sequence may begin and end inside a document. A
-    source's last tokens, fewer than a sequence, are left over.
+    Each source is walked in epochs, every epoch in another order that is computed, not stored; a sequence may begin and
+    end inside a document. A shard's last tokens, fewer than a sequence, are left over.
 
     Args:
         data_folder: product of the prepare stage; the shards that are used are checked against its manifest.
@@ -90,27 +83,64 @@ class PretrainLoader:
         dp_rank: int = 0,
         dp_size: int = 1,
     ) -> None:
-        training.validate_batch(_TRAINING_PATH, dp_size)
-        assert 0 <= dp_rank < dp_size
-        self._training, self._seed, self._dp_rank, self._dp_size = training, seed, dp_rank, dp_size
-        self._curriculum = Curriculum(curriculum, training.steps * training.global_batch_size)
         folder = DataFolder(data_folder)
-        names = dict.fromkeys(name for phase in curriculum for name, weight in phase.weights.items() if weight > 0)
-        self._shards = {name: TokenShard(folder.shard(name, "train")) for name in names}
-        self._chunks = {}
-        for name, shard in self._shards.items():
-            self._chunks[name] = max(0, shard.num_tokens - 1) // training.sequence_length
-            if not self._chunks[name]:
-                raise UserError(
-                    f"source `{name}` in `{data_folder}` has {shard.num_tokens} tokens, less than one sequence of"
-                    f" `{_TRAINING_PATH}.sequence_length` ({training.sequence_length}) + 1; shorten sequences, prepare"
-                    " more text, or set the source's weight to 0."
-                )
+        shards = {name: folder.shards(name, "train") for name in _used(curriculum)}
+        self._open(shards, curriculum, training, seed, (dp_rank, dp_size))
+
+    @classmethod
+    def from_shards(
+        cls,
+        sources: Mapping[str, Sequence[Path]],
+        curriculum: list[PhaseConfig],
+        training: TrainingConfig,
+        seed: int,
+        *,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+    ) -> "PretrainLoader":
+        """Build a loader over shards that lie anywhere; each is checked against its own manifest, where it has one.
+
+        Args:
+            sources: name -> prefixes of its shards; a name that no phase uses is not opened.
+
+        Raises:
+            UserError: as the class; or a source that is missing, or shards of different tokenizers.
+        """
+        shards: dict[str, list[Path]] = {}
+        tokenizers: dict[str, Path] = {}
+        for name in _used(curriculum):
+            if name not in sources:
+                raise UserError(f"the curriculum draws from {name!r}, which has no shards; {nearest(name, sources)}")
+            verified = [verify_shard(Path(prefix)) for prefix in sources[name]]
+            shards[name] = [prefix for prefix, _ in verified]
+            tokenizers |= {digest: prefix for prefix, digest in verified if digest is not None}
+        if len(tokenizers) > 1:
+            one, other = list(tokenizers.values())[:2]
+            raise UserError(f"`{one}` and `{other}` were made by different tokenizers; blend shards of one tokenizer.")
+        loader = cls.__new__(cls)
+        loader._open(shards, curriculum, training, seed, (dp_rank, dp_size))
+        return loader
+
+    def _open(
+        self,
+        shards: dict[str, list[Path]],
+        curriculum: list[PhaseConfig],
+        training: TrainingConfig,
+        seed: int,
+        rank: tuple[int, int],
+    ) -> None:
+        self._dp_rank, self._dp_size = rank
+        training.validate_batch(_TRAINING_PATH, self._dp_size)
+        assert 0 <= self._dp_rank < self._dp_size
+        self._training, self._seed = training, seed
+        self._curriculum = Curriculum(curriculum, training.steps * training.global_batch_size)
+        length = training.sequence_length
+        self._sources = {name: TokenSource(name, prefixes, length) for name, prefixes in shards.items()}
 
     @property
     def num_tokens_available(self) -> int:
         """Training tokens of all sources in the curriculum."""
-        return sum(shard.num_tokens for shard in self._shards.values())
+        return sum(source.num_tokens for source in self._sources.values())
 
     def plan(self) -> dict[str, int]:
         """Return the number of samples that each source gives over the whole stage."""
@@ -118,18 +148,18 @@ class PretrainLoader:
 
     def epochs(self) -> dict[str, float]:
         """Return how many times the stage walks through each source."""
-        return {name: count / self._chunks[name] for name, count in self._curriculum.totals.items()}
+        return {name: count / self._sources[name].num_sequences for name, count in self._curriculum.totals.items()}
 
-    def _sample(self, k: int) -> Sample:
+    def _write(self, k: int, row: Row) -> None:
         name, number = self._curriculum.draw(k)
-        epoch, position = divmod(number, self._chunks[name])
-        chunk = permuted_index(position, self._chunks[name], derive_key("chunks", self._seed, name, epoch))
-        length = self._training.sequence_length
-        return chunk_of(self._shards[name], chunk * length, length)
+        source = self._sources[name]
+        epoch, position = divmod(number, source.num_sequences)
+        key = derive_key("chunks", self._seed, name, epoch)
+        source.write_sequence(permuted_index(position, source.num_sequences, key), row)
 
     def microbatches(self, step: int) -> list[MicroBatch]:
         """Return this rank's micro-batches of an optimizer step; [B, S] each."""
-        return _rank_microbatches(step, self._training, self._dp_rank, self._dp_size, self._sample)
+        return _rank_microbatches(step, self._training, self._dp_rank, self._dp_size, self._write)
 
 
 class SftLoader:
@@ -205,26 +235,24 @@ class SftLoader:
         """Return rows, dropped_rows (too long), truncated_rows, empty_trace_rows, packs, packing_efficiency, epochs."""
         return dict(self._summary)
 
-    def _sample(self, k: int) -> Sample:
+    def _write(self, k: int, row: Row) -> None:
         epoch, position = divmod(k, len(self._packs))
         pack = permuted_index(position, len(self._packs), derive_key("packs", self._seed, epoch))
-        length = self._training.sequence_length
-        inputs = np.full(length, UNK_ID, np.int64)
-        labels = np.full(length, IGNORE_INDEX, np.int64)
-        segments = np.full(length, len(self._packs[pack]), np.int64)  # what is left over is the padding's segment
+        inputs, labels, segments = row
+        inputs[:], labels[:] = UNK_ID, IGNORE_INDEX
+        segments[:] = len(self._packs[pack])  # what is left over is the padding's segment
         start = 0
-        for segment, row in enumerate(self._packs[pack]):
-            ids, trained = self._rows[row]
+        for segment, number in enumerate(self._packs[pack]):
+            ids, trained = self._rows[number]
             stop = start + len(ids) - 1
             inputs[start:stop] = ids[:-1]
             labels[start:stop] = np.where(trained[1:], ids[1:], IGNORE_INDEX)
             segments[start:stop] = segment
             start = stop
-        return inputs, labels, segments
 
     def microbatches(self, step: int) -> list[MicroBatch]:
         """Return this rank's micro-batches of an optimizer step; [B, S] each."""
-        return _rank_microbatches(step, self._training, self._dp_rank, self._dp_size, self._sample)
+        return _rank_microbatches(step, self._training, self._dp_rank, self._dp_size, self._write)
 
 
 def validation_batches(
@@ -243,20 +271,13 @@ def validation_batches(
     """
     shard = TokenShard(DataFolder(data_folder).shard(category, "validation"))
     total = min(shard.num_tokens, max_tokens) if max_tokens else shard.num_tokens
-    samples: list[Sample] = []
-    for start in range(0, total - 1, sequence_length):
+
+    def write(start: int, row: Row) -> None:
         length = min(sequence_length, total - 1 - start)
-        inputs, labels, segments = chunk_of(shard, start, length)
-        padding = sequence_length - length
-        samples.append(
-            (
-                np.pad(inputs, (0, padding), constant_values=UNK_ID),
-                np.pad(labels, (0, padding), constant_values=IGNORE_INDEX),
-                np.pad(segments, (0, padding), constant_values=segments[-1] + 1),
-            )
-        )
-        if len(samples) == micro_batch_size:
-            yield _stack(samples)
-            samples = []
-    if samples:
-        yield _stack(samples)
+        inputs, labels, segments = row
+        write_chunk(shard, start, (inputs[:length], labels[:length], segments[:length]))
+        inputs[length:], labels[length:], segments[length:] = UNK_ID, IGNORE_INDEX, segments[length - 1] + 1
+
+    starts = range(0, total - 1, sequence_length)
+    for first in range(0, len(starts), micro_batch_size):
+        yield _batch(starts[first : first + micro_batch_size], sequence_length, write)

@@ -1,11 +1,14 @@
 """A prepared data folder and its manifest: nothing is read before its bytes were checked against the manifest."""
 
-import functools
+import fnmatch
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from nanotrain.config.errors import MissingInputError, UserError
+from nanotrain.config.data import CATEGORIES, PhaseConfig
+from nanotrain.config.errors import MissingInputError, UserError, nearest
+from nanotrain.data.verified_files import verify_file
 from nanotrain.runtime.files import file_digest, write_json_atomic
 
 MANIFEST = "manifest.json"
@@ -68,22 +71,30 @@ class DataFolder:
         path = self.folder / name
         if name not in self._files:
             raise UserError(f"`{path}` is not listed in `{self.folder / MANIFEST}`; run the prepare stage again.")
-        if not path.is_file():
-            raise MissingInputError(f"`{path}` is missing though the manifest lists it; run the prepare stage again.")
-        stat = path.stat()
-        if stat.st_size != self._files[name]["bytes"] or (
-            _digest(path, stat.st_size, stat.st_mtime_ns, stat.st_ino) != self._files[name]["sha256"]
-        ):
-            raise UserError(
-                f"`{path}` does not match its sha256 in `{self.folder / MANIFEST}`: the file was changed or cut off;"
-                " run the prepare stage again."
-            )
-        return path
+        entry = self._files[name]
+        manifest = self.folder / MANIFEST
+        return verify_file(
+            path, size=entry["bytes"], sha256=entry["sha256"], manifest=manifest, remedy="run the prepare stage again"
+        )
+
+    def shards(self, category: str, split: str) -> list[Path]:
+        """Return the prefixes of a category's shards, `split` or `split-*` in the order of their names, all checked."""
+        stems = [name.removesuffix(".bin") for name in sorted(self._files) if name.endswith(".bin")]
+        found = [stem for stem in stems if fnmatch.fnmatchcase(stem, f"{category}/{split}-*")]
+        if f"{category}/{split}" in stems or not found:
+            found.insert(0, f"{category}/{split}")
+        return [self.shard(category, stem.removeprefix(f"{category}/")) for stem in found]
 
     def shard(self, category: str, split: str) -> Path:
         """Return the prefix of a token shard after checking both of its files."""
         self.file(f"{category}/{split}.idx")
         return self.file(f"{category}/{split}.bin").with_suffix("")
+
+    def sources(self, split: str) -> list[str]:
+        """Return the sources that have a shard of the split: the five categories first, then others by name."""
+        pattern = re.compile(rf"(.+)/{re.escape(split)}(?:-\d+)?\.idx")
+        found = {match[1] for name in self._files if (match := pattern.fullmatch(name))}
+        return sorted(found, key=lambda name: (CATEGORIES.index(name) if name in CATEGORIES else len(CATEGORIES), name))
 
     def check_tokenizer(self, tokenizer_folder: Path) -> None:
         """Refuse a tokenizer that is not the one that made the tokens.
@@ -102,7 +113,28 @@ class DataFolder:
             )
 
 
-@functools.lru_cache(maxsize=4096)
-def _digest(path: Path, size: int, modified_ns: int, inode: int) -> str:
-    """Hash a file once per process and version of the file."""
-    return file_digest(path)
+def is_data_folder(folder: Path) -> bool:
+    """Return whether the folder has a manifest of this program; what is damaged is named when the folder is used."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and "format" in manifest
+
+
+def check_sources(phases: list[PhaseConfig], folder: Path, where: str) -> None:
+    """Refuse a curriculum that names a source which the data folder does not have.
+
+    Raises:
+        UserError: unknown source; the nearest name is offered.
+    """
+    manifest = DataFolder(folder).manifest
+    categories = manifest["categories"] if "categories" in manifest else {}
+    if not categories:
+        return  # a folder of older form lists no sources; the loader names a missing shard
+    for number, phase in enumerate(phases):
+        for name, weight in phase.weights.items():
+            if weight > 0 and name not in categories:
+                raise UserError(
+                    f"`{where}[{number}].weights.{name}` is not a source of `{folder}`; {nearest(name, categories)}"
+                )

@@ -32,11 +32,12 @@ def permuted_index(position: int, size: int, key: int) -> int:
     assert 0 <= position < size
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half_bits) - 1
+    round_keys = [_mix(key + number) for number in range(_ROUNDS)]
     value = position
     while True:
         left, right = value >> half_bits, value & mask
-        for round_number in range(_ROUNDS):
-            left, right = right, left ^ (_mix(right ^ _mix(key + round_number)) & mask)
+        for round_key in round_keys:
+            left, right = right, left ^ (_mix(right ^ round_key) & mask)
         value = (left << half_bits) | right
         if value < size:
             return value

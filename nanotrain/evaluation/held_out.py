@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanotrain.config.data import CATEGORIES
 from nanotrain.config.errors import UserError
 from nanotrain.data.loader import validation_batches
+from nanotrain.data.manifest import DataFolder
 from nanotrain.data.tokenizer import token_byte_lengths
 from nanotrain.engines.base import Engine
 from nanotrain.losses.language_modeling import CrossEntropy
@@ -84,7 +84,7 @@ def held_out_sums(
     Args:
         engine: runs the model; its ranks share the batches.
         data_folder: product of the prepare stage.
-        category: one of `config.data.CATEGORIES`.
+        category: a source that has held-out text.
         sequence_length: tokens per row.
         micro_batch_size: rows per forward pass.
         max_tokens: cap on the tokens read; 0 = all.
@@ -132,13 +132,13 @@ def held_out_bits_per_byte(
     sequence_length: int,
     micro_batch_size: int,
     max_tokens: int = 0,
-    categories: Sequence[str] = CATEGORIES,
+    categories: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Score the held-out documents of every category; see `held_out_sums` and `combine_held_out`.
 
     Args:
         max_tokens: cap on the tokens of each category; 0 = all.
-        categories: which to score.
+        categories: which to score; none named = all that have held-out text.
     """
     byte_lengths = token_byte_lengths(data_folder / "tokenizer")
     return combine_held_out(
@@ -152,6 +152,6 @@ def held_out_bits_per_byte(
                 max_tokens=max_tokens,
                 byte_lengths=byte_lengths,
             )
-            for category in categories
+            for category in categories or DataFolder(data_folder).sources("validation")
         }
     )

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import yaml
 
+from nanotrain.config.data import names_a_folder
 from nanotrain.config.errors import UserError
 from nanotrain.config.load import LoadedEntry, LoadedRecipe
 from nanotrain.config.load_messages import shown_path
 from nanotrain.config.model import ModelConfig
 from nanotrain.config.stage import DistillConfig, PrepareConfig, PretrainConfig, PruneConfig, SftConfig
+from nanotrain.data.manifest import check_sources, is_data_folder
 from nanotrain.pipeline.inputs import InputRef
 from nanotrain.pipeline.products import RECIPE_FILE, load_record
 from nanotrain.planning.parameters import count_parameters
@@ -32,6 +34,7 @@ class Preflight:
         """Raise UserError for what cannot work."""
         for entry in self._recipe.entries:
             self._check_vocabularies(entry)
+            self._check_sources(entry)
         self._check_disk()
 
     def _input(self, entry: LoadedEntry, key: str) -> InputRef | None:
@@ -64,6 +67,14 @@ class Preflight:
                     f"`{prefix}.{where}` gives the model a vocabulary of {own} tokens, but the tokenizer of"
                     f" `{prefix}.data_from` ({stage.data_from}) has {tokenizer}; make the former at least as large."
                 )
+
+    def _check_sources(self, entry: LoadedEntry) -> None:
+        """Compare the curriculum's sources with those of a data folder that the recipe names."""
+        stage = entry.config.stage
+        if isinstance(stage, PretrainConfig | DistillConfig) and names_a_folder(stage.data_from):
+            ref = self._input(entry, "data_from")
+            if ref is not None and ref.folder is not None and is_data_folder(ref.folder):
+                check_sources(stage.curriculum, ref.folder, f"{entry.key_prefix}stage.curriculum")
 
     def _own_vocabulary(self, entry: LoadedEntry) -> int | None:
         stage = entry.config.stage

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from nanotrain.config.data import CATEGORIES, PhaseConfig
+from nanotrain.config.data import PhaseConfig
 from nanotrain.config.errors import UserError
 from nanotrain.config.training import TrainingConfig
 from nanotrain.data.loader import PretrainLoader
@@ -29,7 +29,8 @@ def calibration_batches(
         UserError: a category is damaged, or shorter than one sequence.
     """
     folder = DataFolder(data_folder)
-    for category in CATEGORIES:
+    sources = folder.sources("train")
+    for category in sources:
         num_tokens = TokenShard(folder.shard(category, "train")).num_tokens
         if num_tokens <= sequence_length:
             raise UserError(
@@ -44,7 +45,7 @@ def calibration_batches(
         sequence_length=sequence_length,
         learning_rate=1.0,  # the loader has no use for it
     )
-    blend = [PhaseConfig(until=1.0, weights=dict.fromkeys(CATEGORIES, 1.0))]
+    blend = [PhaseConfig(until=1.0, weights=dict.fromkeys(sources, 1.0))]
     loader = PretrainLoader(data_folder, blend, sizes, seed)
     batches = [batch for step in range(num_batches) for batch in loader.microbatches(step)]
     batches[-1] = _first_rows(batches[-1], num_samples - (num_batches - 1) * micro_batch_size)

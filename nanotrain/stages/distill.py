@@ -5,7 +5,10 @@ from pathlib import Path
 from nanotrain.checkpoint.hf_folder import load_config, load_model
 from nanotrain.config.errors import UserError
 from nanotrain.config.stage import DistillConfig
+from nanotrain.data.blend_folder import check_caps
 from nanotrain.data.loader import PretrainLoader
+from nanotrain.data.manifest import check_sources
+from nanotrain.data.prefetch import PrefetchingLoader
 from nanotrain.engines import build_engine
 from nanotrain.losses.distillation import ForwardKL
 from nanotrain.runtime.run import Run
@@ -38,15 +41,18 @@ def distill(config: DistillConfig, run: Run) -> Path:
             f" ({student_folder}) one of {student.vocab_size}; logits can be distilled only between equal vocabularies."
         )
     check_vocabulary(student, data, "stage.init_from")
+    check_sources(config.curriculum, data, "stage.curriculum")
     engine = build_engine(run.engine, load_model(student_folder), config.training)
     teacher_engine = build_engine(run.engine, load_model(teacher_folder))
     loader = PretrainLoader(
         data, config.curriculum, config.training, run.seed, dp_rank=engine.dp_rank, dp_size=engine.dp_size
     )
+    check_caps(config.curriculum, loader.epochs(), "stage.curriculum")
+    ahead = PrefetchingLoader(loader, config.training.steps)
     evaluate = held_out_callback(engine, data, config.training)
     with teacher_engine.head() as head:
         loss_fn = ForwardKL(head, config.temperature)
-        summary = train(engine, TeacherLoader(loader, teacher_engine), loss_fn, config.training, run, evaluate)
+        summary = train(engine, TeacherLoader(ahead, teacher_engine), loss_fn, config.training, run, evaluate)
     return save_trained(
         engine,
         run,

@@ -6,7 +6,6 @@ from typing import Any
 
 from nanotrain.checkpoint.config_json import STOP_IDS
 from nanotrain.checkpoint.hf_folder import load_model, load_tokenizer
-from nanotrain.config.data import CATEGORIES
 from nanotrain.config.stage import EvaluateConfig
 from nanotrain.data.manifest import DataFolder
 from nanotrain.engines import build_engine
@@ -63,7 +62,7 @@ def evaluate(config: EvaluateConfig, run: Run) -> Path:
 def _held_out(engine: Engine, data: Path, config: EvaluateConfig, progress: Progress) -> dict[str, Any]:
     """Score the held-out text; each category is one work item."""
     sums = {}
-    for category in CATEGORIES:
+    for category in DataFolder(data).sources("validation"):
         item = f"held_out/{category}"
         if item not in progress:
             scored = held_out_sums(
@@ -97,7 +96,7 @@ def _generations(
         direct = build_direct_responder(model, tokenizer, config, stop_ids=STOP_IDS)
         answers = graded_responses(direct, shut_prompts, key="reasoning_off", **batches)
         continuations = []
-        for category in CATEGORIES:
+        for category in DataFolder(data).sources("validation"):
             item = f"continuation/{category}"
             if item not in progress:
                 sample_seed = derived_seed(seed, item)

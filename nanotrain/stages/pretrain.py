@@ -6,7 +6,10 @@ import torch
 
 from nanotrain.checkpoint.hf_folder import load_config
 from nanotrain.config.stage import PretrainConfig
+from nanotrain.data.blend_folder import check_caps
 from nanotrain.data.loader import PretrainLoader
+from nanotrain.data.manifest import check_sources
+from nanotrain.data.prefetch import PrefetchingLoader
 from nanotrain.engines import build_engine
 from nanotrain.losses.language_modeling import CrossEntropy
 from nanotrain.model.hybrid import HybridModel
@@ -32,6 +35,7 @@ def pretrain(config: PretrainConfig, run: Run) -> Path:
     data = run.inputs["data_from"]
     architecture = load_config(run.inputs["architecture_from"]) if config.architecture_from else config.model
     check_vocabulary(architecture, data, "stage.model")
+    check_sources(config.curriculum, data, "stage.curriculum")
     with torch.device("meta"):  # the engine allocates it, in the dtype and on the device where it will be
         model = HybridModel(architecture)
     engine = build_engine(run.engine, model, config.training)
@@ -39,8 +43,10 @@ def pretrain(config: PretrainConfig, run: Run) -> Path:
     loader = PretrainLoader(
         data, config.curriculum, config.training, run.seed, dp_rank=engine.dp_rank, dp_size=engine.dp_size
     )
+    check_caps(config.curriculum, loader.epochs(), "stage.curriculum")
+    ahead = PrefetchingLoader(loader, config.training.steps)
     evaluate = held_out_callback(engine, data, config.training)
-    summary = train(engine, loader, CrossEntropy(), config.training, run, evaluate)
+    summary = train(engine, ahead, CrossEntropy(), config.training, run, evaluate)
     return save_trained(
         engine,
         run,

@@ -10,7 +10,6 @@ import torch
 
 from nanotrain.checkpoint.hf_folder import load_config, load_model, load_state_dict, save_state_dict
 from nanotrain.checkpoint.provenance import Provenance
-from nanotrain.config.data import CATEGORIES
 from nanotrain.config.errors import UserError
 from nanotrain.config.model import ModelConfig
 from nanotrain.config.stage import ImportanceKind, PruneConfig
@@ -160,7 +159,7 @@ class _Pruner:
     def _held_out(self, engine: Engine, name: str) -> dict[str, Any]:
         """Score the held-out text category by category, each recorded when it is done."""
         sums = {}
-        for category in CATEGORIES:
+        for category in DataFolder(self._run.inputs["data_from"]).sources("validation"):
             key = f"held_out/{name}/{category}"
             if key not in self._progress:
                 scored = held_out_sums(

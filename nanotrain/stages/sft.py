@@ -5,6 +5,7 @@ from pathlib import Path
 from nanotrain.checkpoint.hf_folder import load_model
 from nanotrain.config.stage import SftConfig
 from nanotrain.data.loader import SftLoader
+from nanotrain.data.prefetch import PrefetchingLoader
 from nanotrain.engines import build_engine
 from nanotrain.losses.language_modeling import CrossEntropy
 from nanotrain.runtime.run import Run
@@ -32,8 +33,9 @@ def sft(config: SftConfig, run: Run) -> Path:
         dp_rank=engine.dp_rank,
         dp_size=engine.dp_size,
     )
+    ahead = PrefetchingLoader(loader, config.training.steps)
     evaluate = held_out_callback(engine, data, config.training)
-    summary = train(engine, loader, CrossEntropy(), config.training, run, evaluate)
+    summary = train(engine, ahead, CrossEntropy(), config.training, run, evaluate)
     return save_trained(
         engine,
         run,

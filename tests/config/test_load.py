@@ -11,8 +11,9 @@ from nanotrain.config import load as module
 from nanotrain.config.data import PhaseConfig
 from nanotrain.config.engine import Device, EngineKind, TrackerKind
 from nanotrain.config.errors import MissingInputError, UserError
-from nanotrain.config.load import expand_sweeps, find_recipe, load_recipe, package_folder
+from nanotrain.config.load import expand_sweeps, find_recipe, load_recipe
 from nanotrain.config.model import ModelConfig
+from nanotrain.config.shipped import package_folder
 from nanotrain.config.stage import PRODUCT_KINDS, STAGE_CONFIGS, PretrainConfig, StageConfig
 from nanotrain.config.training import ScheduleKind, TrainingConfig
 

@@ -1,3 +1,4 @@
+import itertools
 from collections import Counter
 from fractions import Fraction
 
@@ -84,3 +85,35 @@ def test_switch_points_are_exact():
 def test_a_phase_too_short_for_a_sample_is_passed_over():
     curriculum = Curriculum(phases((0.001, {"a": 1}), (1.0, {"b": 1})), 10)
     assert curriculum.draw(0) == ("b", 0) and curriculum.totals == {"a": 0, "b": 10}
+
+
+float_weights = st.lists(
+    st.floats(0, 1e6, allow_nan=False, allow_subnormal=False) | st.floats(1e-9, 1), min_size=1, max_size=60
+).filter(lambda weights: sum(weights) > 0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(weights=float_weights, start=st.integers(0, 10**12))
+def test_any_window_of_100_000_samples_keeps_the_weights_to_a_tenth_of_a_percent(weights, start):
+    named = {f"s{i}": weight for i, weight in enumerate(weights)}
+    blend, total = Blend(named), sum(weights)
+    before, after = blend.counts(start), blend.counts(start + 100_000)
+    assert sum(after.values()) - sum(before.values()) == 100_000
+    for name in blend.sources:
+        assert abs((after[name] - before[name]) / 100_000 - named[name] / total) < 1e-3
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    cuts=st.lists(st.floats(0.001, 0.999), max_size=3, unique=True),
+    num_samples=st.integers(1, 10**9),
+)
+def test_a_switch_falls_on_its_sample(cuts, num_samples):
+    untils = [*sorted(cuts), 1.0]
+    curriculum = Curriculum(phases(*((until, {f"p{i}": 1.0}) for i, until in enumerate(untils))), num_samples)
+    ends = [round(until * num_samples) for until in untils]
+    for i, (first, end) in enumerate(itertools.pairwise([0, *ends])):
+        if first < end:
+            assert curriculum.draw(first) == (f"p{i}", 0)
+            assert curriculum.draw(end - 1) == (f"p{i}", end - first - 1)
+    assert sum(curriculum.totals.values()) == num_samples

@@ -10,7 +10,6 @@ from nanotrain.data.documents import (
     cap_bytes,
     decode_utf8,
     drop_duplicates,
-    ngram_overlap,
     split_by_family,
     unit_hash,
 )
@@ -71,30 +70,6 @@ def test_no_cap_keeps_everything_and_the_order_of_input_does_not_matter():
     assert cap_bytes(documents, 0) == documents
     reordered = [d for f in reversed(range(20)) for d in documents if d.family == f"family {f}"]
     assert Counter(cap_bytes(documents, 700)) == Counter(cap_bytes(reordered, 700))
-
-
-def overlap_ref(train: list[str], validation: list[str]) -> float:
-    def grams(texts):
-        for text in texts:
-            words = text.split()
-            yield from (tuple(words[i : i + 13]) for i in range(len(words) - 12))
-
-    known, wanted = set(grams(train)), list(grams(validation))
-    return sum(g in known for g in wanted) / len(wanted) if wanted else 0.0
-
-
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_overlap_equals_the_set_of_tuples(data):
-    text = st.lists(st.sampled_from(["a", "b"]), max_size=40).map(" ".join)
-    train, validation = data.draw(st.lists(text, max_size=4)), data.draw(st.lists(text, max_size=4))
-    assert ngram_overlap(train, validation) == pytest.approx(overlap_ref(train, validation))
-
-
-def test_overlap_sees_a_copied_page():
-    page = " ".join(str(i) for i in range(200))
-    assert ngram_overlap([f"before {page} after"], [page]) == 1.0
-    assert ngram_overlap([page], [page[::-1]]) == 0.0
 
 
 def test_bad_bytes_are_named_with_their_offset():

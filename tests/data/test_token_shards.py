@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanotrain.config.errors import MissingInputError, UserError
+from nanotrain.data import token_shards
 from nanotrain.data.token_shards import TokenShard, TokenShardWriter, shard_files, smallest_dtype
 
 DTYPES = [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.int64, np.float32, np.float64]
@@ -148,3 +149,41 @@ def test_reading_outside_is_an_error(tmp_path):
 def test_dtype_choice_is_megatrons(megatron):
     for size in (256, 8192, 65499, 65500, 131072):
         assert smallest_dtype(size) == np.dtype(megatron.DType.optimal_dtype(size))
+
+
+@settings(max_examples=300, deadline=None)
+@given(raw=st.binary(max_size=120), keep=st.integers(0, 74), tokens=st.integers(0, 40))
+def test_any_bytes_for_an_index_are_refused_or_harmless(tmp_path_factory, raw, keep, tokens):
+    """The beginning of a right index, then noise: nothing outside the tokens is ever read."""
+    prefix = tmp_path_factory.mktemp("noise") / "s"
+    write(prefix, [[1, 2, 3], [4, 5]])
+    bin_file, idx_file = shard_files(prefix)
+    idx_file.write_bytes(idx_file.read_bytes()[:keep] + raw)
+    bin_file.write_bytes(bytes(tokens))
+    try:
+        shard = TokenShard(prefix)
+    except UserError as error:
+        assert "s.idx" in str(error) or "s.bin" in str(error)
+        return
+    assert sum(len(shard.document(i)) for i in range(shard.num_documents)) == shard.num_tokens
+    assert shard.num_tokens * shard.dtype.itemsize == tokens
+
+
+def test_the_index_is_written_in_blocks(tmp_path, monkeypatch):
+    documents = [[i % 7] * (1 + i % 5) for i in range(53)]
+    write(tmp_path / "whole", documents)
+    for block in (1, 10, 53, 54):
+        monkeypatch.setattr(token_shards, "_BLOCK", block)
+        write(tmp_path / "blocks", documents)
+        for end in ("bin", "idx"):
+            assert (tmp_path / f"blocks.{end}").read_bytes() == (tmp_path / f"whole.{end}").read_bytes()
+
+
+def test_a_document_index_that_skips_nothing_is_read_as_megatron_reads_it(tmp_path, megatron):
+    """Megatron writes a document of no sequences as a repeated border; its tokens are none."""
+    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "x.bin"), dtype=np.int32)
+    builder.add_document(np.arange(3, dtype=np.int32), [3])
+    builder.end_document()
+    builder.finalize(str(tmp_path / "x.idx"))
+    with pytest.raises(UserError, match=r"empty document \(number 1\)"):
+        TokenShard(tmp_path / "x")

@@ -4,14 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from nanotrain.config.load import load_recipe, package_folder
+from nanotrain.config.load import load_recipe
+from nanotrain.config.shipped import package_folder
 from nanotrain.config.stage import PretrainConfig
 from nanotrain.pipeline.inputs import resolve_inputs
 from nanotrain.pipeline.preflight import Preflight
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(package_folder("recipes").rglob("*.yaml"))
-CONFIGS = sorted(package_folder("configs").rglob("*.yaml"))
+CONFIGS = sorted(package_folder("configs").glob("*/*.yaml"))
+"""Choices of groups; deeper folders hold files that programs read (components, blends), with tests of their own."""
 PLACES = {"model": "model@stage.model", "optimizer": "+optimizer@stage.training.optimizer"}
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,14 @@ from safetensors.torch import load_file
 
 from nanotrain.checkpoint.hf_folder import load_config, load_model, load_tokenizer, save_model
 from nanotrain.checkpoint.provenance import load_provenance
+from nanotrain.config.blend import Curriculum, load_blend
 from nanotrain.config.data import CorpusConfig, PhaseConfig, ReasoningConfig
 from nanotrain.config.engine import Device, EngineConfig, Precision, TrackingConfig
 from nanotrain.config.errors import UserError
 from nanotrain.config.stage import DistillConfig, PrepareConfig, PretrainConfig, SftConfig
 from nanotrain.config.training import OptimizerConfig, ParameterDtype, StateDtype, TrainingConfig
 from nanotrain.data import corpus
+from nanotrain.data.blend_folder import build_blend_folder, plan_blend
 from nanotrain.model.hybrid import HybridModel
 from nanotrain.runtime.files import folder_digest
 from nanotrain.runtime.run import Run
@@ -144,3 +147,43 @@ def test_sft_reports_how_it_shaped_the_traces(parent, data, tmp_path):
     assert provenance.parent == parent.as_posix() and provenance.parent_digest == folder_digest(parent)
     logits = load_model(folder)(torch.tensor([[1, 1005, 1010]]))
     assert logits.shape == (1, 3, 1280) and torch.isfinite(logits).all()
+
+
+@pytest.fixture(scope="module")
+def blend(data, tmp_path_factory) -> Path:
+    """A blend of two sources with names of their own, one of two shards, over the prepared shards."""
+    root = tmp_path_factory.mktemp("shards")
+    for name, category in (("prose/train", "web"), ("proofs-00000", "math"), ("proofs-00001", "code")):
+        for end in ("bin", "idx"):
+            (root / name).parent.mkdir(exist_ok=True)
+            shutil.copy(data / category / f"train.{end}", root / f"{name}.{end}")
+            shutil.copy(data / "web" / f"validation.{end}", root / "prose" / f"validation.{end}")
+    (root / "blend.yaml").write_text(
+        "sources: {prose: {weight: 1, origin: chosen}, proofs: {weight: 1, max_epochs: 4, origin: chosen}}"
+    )
+    curriculum = Curriculum(768, [(1.0, load_blend(root / "blend.yaml"))], {})
+    build_blend_folder(plan_blend(curriculum, root, 768), curriculum, data / "tokenizer", root / "blend")
+    return root / "blend"
+
+
+def test_pretrain_reads_a_blend_of_prepared_shards_under_its_own_names(blend, tmp_path):
+    phases = [PhaseConfig(until=1.0, weights={"prose": 0.5, "proofs": 0.5}, max_epochs={"proofs": 4.0})]
+    config = PretrainConfig(data_from=str(blend), model=MODEL, curriculum=phases, training=TRAINING)
+    pretrain(config, run_of(tmp_path, "pretrain", data_from=blend))
+    results = json.loads((tmp_path / "pretrain/results.json").read_text())
+    assert results["blend"] == {"prose": 0.5, "proofs": 0.5} and 0 < results["epochs"]["proofs"] <= 4
+    assert list(results["held_out"]["bits_per_byte"]) == ["prose"]
+
+
+def test_a_cap_or_an_unknown_source_ends_the_stage_before_its_first_step(blend, tmp_path):
+    for phase, message in (
+        (
+            PhaseConfig(1.0, {"proofs": 1.0}, "", {"proofs": 1e-6}),
+            r"`stage.curriculum` would repeat `proofs` 0\.\d\d times",
+        ),
+        (PhaseConfig(1.0, {"prosa": 1.0}), r"`stage.curriculum\[0\].weights.prosa` is not a source of .*mean 'prose'"),
+    ):
+        config = PretrainConfig(data_from=str(blend), model=MODEL, curriculum=[phase], training=TRAINING)
+        with pytest.raises(UserError, match=message):
+            pretrain(config, run_of(tmp_path, "pretrain", data_from=blend))
+    assert not (tmp_path / "pretrain/metrics.jsonl").exists()
