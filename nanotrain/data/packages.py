@@ -216,13 +216,13 @@ def ensure_packages(
     packages, files = list(packages), {}
     with (
         ThreadPoolExecutor(_PARALLEL_DOWNLOADS) as pool,
-        tqdm(total=round(sum(package.megabytes for package in packages), 1), unit="MB", desc="packages") as bar,
+        tqdm(total=sum(round(1e6 * p.megabytes) for p in packages), unit="B", unit_scale=True, desc="packages") as bar,
     ):
         jobs = [(package, pool.submit(ensure_package, package, cache)) for package in packages]
         try:
             for package, job in jobs:
                 files[package.name] = job.result()
-                bar.update(package.megabytes)
+                bar.update(round(1e6 * package.megabytes))
                 if on_done is not None:
                     on_done(package, files[package.name])
         except BaseException:

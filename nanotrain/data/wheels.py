@@ -163,13 +163,13 @@ def ensure_wheels(
     wheels: dict[str, Path] = {}
     with (
         ThreadPoolExecutor(_PARALLEL_DOWNLOADS) as pool,
-        tqdm(total=round(sum(package.megabytes for package in packages), 1), unit="MB", desc="wheels") as bar,
+        tqdm(total=sum(round(1e6 * p.megabytes) for p in packages), unit="B", unit_scale=True, desc="wheels") as bar,
     ):
         jobs = [(package, pool.submit(ensure_wheel, package, folder)) for package in packages]
         try:
             for package, job in jobs:
                 wheels[package.name] = job.result()
-                bar.update(package.megabytes)
+                bar.update(round(1e6 * package.megabytes))
                 if on_done is not None:
                     on_done(package, wheels[package.name])
         except BaseException:
