@@ -25,6 +25,11 @@ class Precision(str, Enum):
     fp8_current = "fp8_current"
 
 
+FP8_PRECISIONS = (Precision.fp8_blockwise, Precision.fp8_current)
+PUBLISHED_BF16_LAYERS = 2
+"""At either end: the first and last four linear layers, which are two layers each."""
+
+
 class SsdKernel(str, Enum):
     auto = "auto"
     torch = "torch"
@@ -106,9 +111,9 @@ class EngineConfig:
     auto = bf16 where the device has bf16 matrix instructions, else fp32. fp8_blockwise is the published run's: E4M3,
     weights in 128 x 128 blocks, activations and gradients in 1 x 128 tiles; fp8_current scales whole tensors, with E5M2
     gradients. In both, embedding, output head and the layers named below stay in bf16."""
-    fp8_bf16_first_layers: int = 2
+    fp8_bf16_first_layers: int = PUBLISHED_BF16_LAYERS
     """FP8 only: so many layers at the start multiply in bf16 (published: the first four linears, which are two layers)."""
-    fp8_bf16_last_layers: int = 2
+    fp8_bf16_last_layers: int = PUBLISHED_BF16_LAYERS
     """FP8 only: so many layers at the end multiply in bf16."""
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     activation_checkpointing: ActivationCheckpointingConfig = field(default_factory=ActivationCheckpointingConfig)
@@ -122,6 +127,12 @@ class EngineConfig:
         for name in ("fp8_bf16_first_layers", "fp8_bf16_last_layers"):
             if self.__dict__[name] < 0:
                 raise UserError(f"`{path}.{name}` ({self.__dict__[name]}) must not be negative; 0 = no layer.")
+            if self.precision not in FP8_PRECISIONS and self.__dict__[name] != PUBLISHED_BF16_LAYERS:
+                raise UserError(
+                    f"`{path}.{name}` ({self.__dict__[name]}) belongs to FP8 and would be ignored by"
+                    f" `{path}.precision` ({self.precision.value}); remove it, or set precision to fp8_blockwise or"
+                    " fp8_current."
+                )
 
 
 class TrackerKind(str, Enum):

@@ -2,7 +2,7 @@
 
 import torch
 
-from nanotrain.config.engine import Device, EngineConfig, Precision
+from nanotrain.config.engine import FP8_PRECISIONS, Device, EngineConfig, Precision
 from nanotrain.config.errors import UserError
 from nanotrain.runtime.logging import log_once
 
@@ -35,7 +35,7 @@ def choose_autocast_dtype(precision: Precision, device: torch.device) -> torch.d
     """
     if precision is Precision.fp32:
         return None
-    if precision in (Precision.fp8_blockwise, Precision.fp8_current):
+    if precision in FP8_PRECISIONS:
         return torch.bfloat16
     native = has_bf16_matrix_instructions(device)
     if precision is Precision.bf16 and device.type == "cuda" and not native:
@@ -68,7 +68,7 @@ def prepare_device(config: EngineConfig) -> tuple[torch.device, torch.dtype | No
     device = choose_device(config.device)
     dtype = choose_autocast_dtype(config.precision, device)
     products = "fp32" if dtype is None else "bf16 (autocast)"
-    if config.precision in (Precision.fp8_blockwise, Precision.fp8_current):
+    if config.precision in FP8_PRECISIONS:
         products = config.precision.value
     log_once(f"engine torch: {device}, products in {products}, parameters in fp32, {torch.get_num_threads()} threads")
     return device, dtype

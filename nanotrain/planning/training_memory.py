@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from nanotrain.config.engine import ActivationCheckpointingConfig, EngineConfig, Precision
+from nanotrain.config.engine import FP8_PRECISIONS, ActivationCheckpointingConfig, EngineConfig, Precision
 from nanotrain.config.model import ATTENTION, MAMBA, MLP, ModelConfig
 from nanotrain.config.training import OptimizerConfig, ParameterDtype, StateDtype, TrainingConfig
 from nanotrain.planning.parameters import count_parameters, mixer_shapes
@@ -16,7 +16,6 @@ from nanotrain.planning.parameters import count_parameters, mixer_shapes
 STATE_BYTES = {StateDtype.fp32: 8.0, StateDtype.bf16: 4.0, StateDtype.int8: 2.0 + 8.0 / 256}
 """Both moments of a parameter; int8 has a scale of four bytes for 256 values."""
 _LOGITS_PER_CHUNK = 13 * 2**25
-_FP8 = (Precision.fp8_blockwise, Precision.fp8_current)
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def _matrices(model: ModelConfig, kind: str) -> list[int]:
 
 
 def _layers_in_fp8(model: ModelConfig, engine: EngineConfig) -> range:
-    if engine.precision not in _FP8:
+    if engine.precision not in FP8_PRECISIONS:
         return range(0)
     return range(engine.fp8_bf16_first_layers, model.num_hidden_layers - engine.fp8_bf16_last_layers)
 

@@ -190,6 +190,10 @@ ALONE = [
         r"min_learning_rate` \(1\.0\) must lie between 0 and `learning_rate`",
     ),
     ("engine.threads=-1", r"`engine\.threads` \(-1\)"),
+    (
+        "engine.fp8_bf16_last_layers=4",
+        r"`engine\.fp8_bf16_last_layers` \(4\) belongs to FP8 .* `engine\.precision` \(auto\)",
+    ),
     ("tracking.mode=online", r"`tracking\.mode`"),
     ("first.stage.training.steps=4", r"`first` .* is not a key of RecipeConfig"),
 ]
