@@ -26,3 +26,15 @@ def build_engine(config: EngineConfig, model: "HybridModel", training: TrainingC
     from nanotrain.engines.torch_engine import TorchEngine
 
     return TorchEngine(config, model, training)
+
+
+def build_local_engine(config: EngineConfig, model: "HybridModel") -> "Engine":
+    """Return an engine of this one process that never trains: for stages that run on the first rank only.
+
+    Args:
+        config: device, precision, kernels and threads are used; how several ranks would share the work is not.
+        model: as in `build_engine`.
+    """
+    from nanotrain.engines.torch_engine import TorchEngine
+
+    return TorchEngine(config, model)

@@ -1,7 +1,7 @@
 """What a stage may ask of an engine. The engine owns everything distributed and everything normalised."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,11 +34,18 @@ class StepResult:
     """The loss's own metrics, each sum over count."""
 
 
+StateWriter = Callable[[Path], None]
+"""Writes a snapshot into an existing empty folder that all ranks see. Every rank calls its own with the same folder; it
+may run in another thread while training goes on, and then uses no group that training uses."""
+
+
 class Engine(ABC):
     """Runs one model. Ranks call the methods in the same order; what a method returns is the same on all of them."""
 
     dp_rank: int
     dp_size: int
+    num_devices: int
+    """All ranks, of every kind of parallelism."""
     device: torch.device
     model_config: ModelConfig
 
@@ -54,15 +61,26 @@ class Engine(ABC):
 
     @abstractmethod
     def evaluate(self, microbatches: Iterable[MicroBatch], loss_fn: LossFn) -> dict[str, float]:
-        """Return `loss` (sum over denominator; 0 if nothing counts), `num_tokens`, and the loss's metrics; no gradient."""
+        """Return `loss` (sum over denominator; 0 if nothing counts), `num_tokens`, and the loss's metrics; no gradient.
+
+        Args:
+            microbatches: this rank's, equally many on every rank.
+            loss_fn: as in `train_step`.
+        """
 
     @abstractmethod
-    def hidden_states(self, microbatches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Return the last hidden states [B, S, D] of each micro-batch, without gradient: online teacher, reference."""
+    def hidden_states(self, microbatches: Sequence[MicroBatch]) -> list[Tensor | None]:
+        """Return the last hidden states [B, S, D] of each micro-batch, without gradient: online teacher, reference.
+
+        With pipeline stages only the last one has them, the others get None.
+        """
 
     @abstractmethod
-    def head(self) -> AbstractContextManager[HeadWeight]:
-        """Yield the output matrix, without gradient; whole, or this rank's vocabulary shard, while open."""
+    def head(self) -> AbstractContextManager[HeadWeight | None]:
+        """Yield the output matrix, without gradient; whole, or this rank's vocabulary shard, while open.
+
+        With pipeline stages only the last one has it, the others get None.
+        """
 
     @abstractmethod
     def logprobs(self, batch: MicroBatch) -> Tensor:
@@ -92,9 +110,13 @@ class Engine(ABC):
         """Write a checkpoint folder; arguments as in checkpoint.hf_folder.save_model."""
 
     @abstractmethod
+    def snapshot_state(self) -> StateWriter:
+        """Copy weights, optimizer and random states to host memory and return what writes them; for resume only."""
+
     def save_state(self, folder: Path) -> None:
-        """Write weights, optimizer and random states into an existing empty folder; for resume only."""
+        """Write weights, optimizer and random states into an existing empty folder and return when it is done."""
+        self.snapshot_state()(folder)
 
     @abstractmethod
     def load_state(self, folder: Path) -> None:
-        """Read what `save_state` wrote."""
+        """Read what a `StateWriter` wrote; on another number of ranks too, where the engine says so."""

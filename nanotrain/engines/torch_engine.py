@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from nanotrain.checkpoint.hf_folder import load_state_dict, save_model
 from nanotrain.checkpoint.provenance import Provenance
 from nanotrain.config.engine import EngineConfig
 from nanotrain.config.training import TrainingConfig
-from nanotrain.engines.base import Engine, StepResult
+from nanotrain.engines.base import Engine, StateWriter, StepResult
 from nanotrain.engines.optimizer_in_backward import OptimizerInBackward
 from nanotrain.engines.out_of_memory import OutOfMemoryAdvice
 from nanotrain.engines.parameters import global_norm, parameter_dtype, place_model, weight_copies_of
@@ -37,6 +38,7 @@ class TorchEngine(Engine):
 
     dp_rank = 0
     dp_size = 1
+    num_devices = 1
 
     def __init__(self, config: EngineConfig, model: HybridModel, training: TrainingConfig | None = None) -> None:
         self.device, self._autocast_dtype = prepare_device(config)
@@ -110,7 +112,7 @@ class TorchEngine(Engine):
         return {**sums.metrics(), "loss": sums.loss_sum / max(num_tokens, 1), "num_tokens": num_tokens}
 
     @torch.no_grad()
-    def hidden_states(self, microbatches: Sequence[MicroBatch]) -> list[Tensor]:
+    def hidden_states(self, microbatches: Sequence[MicroBatch]) -> list[Tensor | None]:
         with self._evaluating():
             return [self._root(batch.to(self.device)) for batch in microbatches]
 
@@ -146,14 +148,20 @@ class TorchEngine(Engine):
     ) -> None:
         save_model(self._model, folder, dtype=dtype, tokenizer_from=tokenizer_from, provenance=provenance)
 
-    def save_state(self, folder: Path) -> None:
+    def snapshot_state(self) -> StateWriter:
         assert self._optimizer is not None, "only a training engine has a state to resume from"
-        save_file({name: p.detach().contiguous() for name, p in self._model.named_parameters()}, folder / MODEL_FILE)
-        torch.save(self._optimizer.state_dict(), folder / OPTIMIZER_FILE)
+        weights = {name: _host_copy(p.detach()) for name, p in self._model.named_parameters()}
+        optimizer = tree_map_only(Tensor, _host_copy, self._optimizer.state_dict())
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
-        torch.save(random, folder / RANDOM_FILE)
+
+        def write(folder: Path) -> None:
+            save_file(weights, folder / MODEL_FILE)
+            torch.save(optimizer, folder / OPTIMIZER_FILE)
+            torch.save(random, folder / RANDOM_FILE)
+
+        return write
 
     def load_state(self, folder: Path) -> None:
         assert self._optimizer is not None, "only a training engine can resume"
@@ -190,6 +198,11 @@ class TorchEngine(Engine):
             yield
         finally:
             self._model.train(training)
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    """Return a contiguous copy in host memory, of its own even where the tensor is there already."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor)
 
 
 class _Sums:

@@ -13,9 +13,13 @@ class ForwardKL:
 
     The teacher's hidden states come with the batch (training/teacher.py fills them in before the step), because a loss
     must not call another engine.
+
+    Args:
+        teacher_head: None on pipeline stages before the last, which never compute the loss.
+        temperature: divides both sides' logits.
     """
 
-    def __init__(self, teacher_head: HeadWeight, temperature: float = 1.0) -> None:
+    def __init__(self, teacher_head: HeadWeight | None, temperature: float = 1.0) -> None:
         self._teacher_head = teacher_head
         self._temperature = temperature
 
@@ -26,6 +30,7 @@ class ForwardKL:
     def __call__(self, head: OutputHead, batch: MicroBatch) -> LossOutput:
         """Return the summed divergence of `batch`; no metrics beyond it."""
         assert batch.teacher_hidden_states is not None, "wrap the loader in TeacherLoader"
+        assert self._teacher_head is not None, "only the last pipeline stage computes the loss"
         loss_sum = linear_kl_divergence(
             head.hidden_states,
             head.weight,

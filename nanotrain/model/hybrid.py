@@ -127,3 +127,9 @@ class HybridModel(nn.Module):
     ) -> Tensor:
         """Return logits [B, S, V]; arguments as in `hidden_states`."""
         return F.linear(self.hidden_states(input_ids, segment_ids, cache, num_valid), self.output_weight())
+
+
+def build_meta_model(config: ModelConfig) -> HybridModel:
+    """Return a model without storage: an engine gives it that, on the device and in the dtype where it will be."""
+    with torch.device("meta"):
+        return HybridModel(config)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nanotrain.checkpoint.hf_folder import load_config, load_model
+from nanotrain.checkpoint.hf_folder import load_config
 from nanotrain.config.errors import UserError
 from nanotrain.config.stage import DistillConfig
 from nanotrain.data.blend_folder import check_caps
@@ -11,6 +11,7 @@ from nanotrain.data.manifest import check_sources
 from nanotrain.data.prefetch import PrefetchingLoader
 from nanotrain.engines import build_engine
 from nanotrain.losses.distillation import ForwardKL
+from nanotrain.model.hybrid import build_meta_model
 from nanotrain.runtime.run import Run
 from nanotrain.stages.training_products import (
     blend_shares,
@@ -42,8 +43,10 @@ def distill(config: DistillConfig, run: Run) -> Path:
         )
     check_vocabulary(student, data, "stage.init_from")
     check_sources(config.curriculum, data, "stage.curriculum")
-    engine = build_engine(run.engine, load_model(student_folder), config.training)
-    teacher_engine = build_engine(run.engine, load_model(teacher_folder))
+    engine = build_engine(run.engine, build_meta_model(student), config.training)
+    engine.load_hf(student_folder)
+    teacher_engine = build_engine(run.engine, build_meta_model(teacher))
+    teacher_engine.load_hf(teacher_folder)
     loader = PretrainLoader(
         data, config.curriculum, config.training, run.seed, dp_rank=engine.dp_rank, dp_size=engine.dp_size
     )

@@ -8,7 +8,7 @@ from nanotrain.checkpoint.config_json import STOP_IDS
 from nanotrain.checkpoint.hf_folder import load_model, load_tokenizer
 from nanotrain.config.stage import EvaluateConfig
 from nanotrain.data.manifest import DataFolder
-from nanotrain.engines import build_engine
+from nanotrain.engines import build_local_engine
 from nanotrain.engines.base import Engine
 from nanotrain.evaluation.budget_curve import measure_budget_curve, summarise_budget
 from nanotrain.evaluation.held_out import HeldOutSums, combine_held_out, held_out_sums
@@ -48,7 +48,7 @@ def evaluate(config: EvaluateConfig, run: Run) -> Path:
     if (folder / "tokenizer.json").is_file():
         DataFolder(data).check_tokenizer(folder)
     rows = load_validation_rows(data, config.num_prompts)
-    engine = build_engine(run.engine, model)
+    engine = build_local_engine(run.engine, model)
     progress = Progress(run.folder / PROGRESS_FILE)
     results = {
         "held_out": _held_out(engine, data, config, progress),

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import torch
-
 from nanotrain.checkpoint.hf_folder import load_config
 from nanotrain.config.stage import PretrainConfig
 from nanotrain.data.blend_folder import check_caps
@@ -12,7 +10,7 @@ from nanotrain.data.manifest import check_sources
 from nanotrain.data.prefetch import PrefetchingLoader
 from nanotrain.engines import build_engine
 from nanotrain.losses.language_modeling import CrossEntropy
-from nanotrain.model.hybrid import HybridModel
+from nanotrain.model.hybrid import build_meta_model
 from nanotrain.runtime.run import Run
 from nanotrain.runtime.seeding import derived_seed
 from nanotrain.stages.training_products import (
@@ -36,9 +34,7 @@ def pretrain(config: PretrainConfig, run: Run) -> Path:
     architecture = load_config(run.inputs["architecture_from"]) if config.architecture_from else config.model
     check_vocabulary(architecture, data, "stage.model")
     check_sources(config.curriculum, data, "stage.curriculum")
-    with torch.device("meta"):  # the engine allocates it, in the dtype and on the device where it will be
-        model = HybridModel(architecture)
-    engine = build_engine(run.engine, model, config.training)
+    engine = build_engine(run.engine, build_meta_model(architecture), config.training)
     engine.init_weights(derived_seed(run.seed, "weights"))
     loader = PretrainLoader(
         data, config.curriculum, config.training, run.seed, dp_rank=engine.dp_rank, dp_size=engine.dp_size

@@ -6,19 +6,17 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nanotrain.checkpoint.hf_folder import load_config, load_model, load_state_dict, save_state_dict
 from nanotrain.checkpoint.provenance import Provenance
 from nanotrain.config.errors import UserError
 from nanotrain.config.model import ModelConfig
 from nanotrain.config.stage import ImportanceKind, PruneConfig
 from nanotrain.data.manifest import DataFolder
-from nanotrain.engines import build_engine
+from nanotrain.engines import build_local_engine
 from nanotrain.engines.base import Engine
 from nanotrain.evaluation.held_out import HeldOutSums, combine_held_out, held_out_sums
 from nanotrain.model.batch import MicroBatch
-from nanotrain.model.hybrid import HybridModel
+from nanotrain.model.hybrid import HybridModel, build_meta_model
 from nanotrain.planning.parameters import count_parameters
 from nanotrain.pruning.calibration import calibration_batches
 from nanotrain.pruning.importance import Aggregations, WidthScores, measure_width_importance
@@ -103,7 +101,7 @@ class _Pruner:
         self._parent = model.config
         self._calibration = [] if config.importance is ImportanceKind.random else _calibration(config, run)
         self._progress = Progress(run.folder / PROGRESS_FILE)
-        self._engine = build_engine(run.engine, model)
+        self._engine = build_local_engine(run.engine, model)
 
     def held_out_of_parent(self) -> dict[str, Any]:
         """Score the parent; refuse one that cannot be scored."""
@@ -150,11 +148,10 @@ class _Pruner:
         """Slice the parent in memory and score the result, without training."""
         with self._engine.inference_model() as model:
             tensors, config = slice_state_dict(model.state_dict(), self._parent, plan)
-        with torch.device("meta"):
-            child = HybridModel(config)
+        child = build_meta_model(config)
         child.load_state_dict(tensors, assign=True)
         sizes = (config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.mamba_num_heads)
-        return self._held_out(build_engine(self._run.engine, child), "/".join(map(str, sizes)))
+        return self._held_out(build_local_engine(self._run.engine, child), "/".join(map(str, sizes)))
 
     def _held_out(self, engine: Engine, name: str) -> dict[str, Any]:
         """Score the held-out text category by category, each recorded when it is done."""

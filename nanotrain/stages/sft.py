@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from nanotrain.checkpoint.hf_folder import load_model
+from nanotrain.checkpoint.hf_folder import load_config
 from nanotrain.config.stage import SftConfig
 from nanotrain.data.loader import SftLoader
 from nanotrain.data.prefetch import PrefetchingLoader
 from nanotrain.engines import build_engine
 from nanotrain.losses.language_modeling import CrossEntropy
+from nanotrain.model.hybrid import build_meta_model
 from nanotrain.runtime.run import Run
 from nanotrain.stages.training_products import check_vocabulary, held_out_callback, save_trained, tokenizer_folder
 from nanotrain.training.loop import train
@@ -21,9 +22,10 @@ def sft(config: SftConfig, run: Run) -> Path:
         run: inputs `init_from`, `data_from`.
     """
     data = run.inputs["data_from"]
-    model = load_model(run.inputs["init_from"])
-    check_vocabulary(model.config, data, "stage.init_from")
-    engine = build_engine(run.engine, model, config.training)
+    architecture = load_config(run.inputs["init_from"])
+    check_vocabulary(architecture, data, "stage.init_from")
+    engine = build_engine(run.engine, build_meta_model(architecture), config.training)
+    engine.load_hf(run.inputs["init_from"])
     loader = SftLoader(
         data,
         tokenizer_folder(data),

@@ -27,7 +27,7 @@ class Meter:
         self._steps = training.steps
         self._flops_per_token = training_flops_per_token(engine.model_config, training.sequence_length)
         peak = peak_flops_per_second(device_name(self._device_type))
-        self._peak = None if peak is None else peak * engine.dp_size
+        self._peak = None if peak is None else peak * engine.num_devices
         self._seconds_before = seconds_before
         self._start = time.perf_counter()
         self._steps_here = 0
