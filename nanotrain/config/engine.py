@@ -139,6 +139,7 @@ class TrackerKind(str, Enum):
     none = "none"
     wandb = "wandb"
     trackio = "trackio"
+    tensorboard = "tensorboard"
 
 
 class TrackerMode(str, Enum):

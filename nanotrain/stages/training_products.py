@@ -13,6 +13,7 @@ from nanotrain.data.manifest import DataFolder
 from nanotrain.engines.base import Engine
 from nanotrain.evaluation.held_out import held_out_bits_per_byte
 from nanotrain.planning.parameters import count_parameters
+from nanotrain.runtime.distributed import current_world
 from nanotrain.runtime.files import file_digest, folder_digest, write_json_atomic
 from nanotrain.runtime.run import Run
 from nanotrain.training.loop import TrainingSummary
@@ -123,7 +124,8 @@ def save_trained(
         "blend": blend,
         **extra,
     }
-    write_json_atomic(run.folder / RESULTS, results)
+    if current_world().is_first:
+        write_json_atomic(run.folder / RESULTS, results)
     return folder
 
 
