@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ MATRIX, SCALAR = torch.arange(35, dtype=torch.float32).reshape(7, 5), torch.tens
 
 
 def write(folder, borders):
-    for index, (low, high) in enumerate(zip(borders, borders[1:], strict=False)):
+    for index, (low, high) in enumerate(itertools.pairwise(borders)):
         rows = {"m": Rows(MATRIX[low:high].contiguous(), low, 7), "s": whole(SCALAR)}
         write_rows(folder / f"{index}.safetensors", rows)
 
@@ -19,7 +21,7 @@ def test_any_division_reads_any_other(tmp_path, written, wanted):
     write(tmp_path, written)
     files = RowFiles(tmp_path.glob("*.safetensors"))
     assert files.shape("m") == (7, 5) and files.shape("s") == () and files.dtype("m") == torch.float32
-    for low, high in zip(wanted, wanted[1:], strict=False):
+    for low, high in itertools.pairwise(wanted):
         target = torch.full((high - low, 5), -1.0)
         files.read_into("m", target, low)
         assert target.equal(MATRIX[low:high])
