@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from nanotrain.config.engine import EngineConfig, EngineKind
+from nanotrain.config.engine import EngineConfig
+from nanotrain.config.parallel import DataParallel
 from nanotrain.config.training import TrainingConfig
 
 if TYPE_CHECKING:
@@ -22,10 +23,18 @@ def build_engine(config: EngineConfig, model: "HybridModel", training: TrainingC
     Raises:
         UserError: the engine cannot do what the config asks for.
     """
-    assert config.kind is EngineKind.torch, config.kind
+    from nanotrain.engines.data_parallel import require_ranks
+    from nanotrain.runtime.distributed import start_ranks
+
+    world = start_ranks()
+    require_ranks(config, world)
+    if world.size > 1 and config.data_parallel is DataParallel.fsdp2:
+        from nanotrain.engines.torch_parallel import Fsdp2Engine
+
+        return Fsdp2Engine(config, model, training, world)
     from nanotrain.engines.torch_engine import TorchEngine
 
-    return TorchEngine(config, model, training)
+    return TorchEngine(config, model, training, world)
 
 
 def build_local_engine(config: EngineConfig, model: "HybridModel") -> "Engine":
