@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanotrain.config.errors import UserError
 from nanotrain.runtime.distributed import OtherRankFailed, current_world, is_first_to_say, on_first, start_ranks
+from nanotrain.runtime.offline import stay_offline
 from nanotrain.runtime.signals import Preempted, Terminated, terminate
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(_flags_first(argv))
+    stay_offline()
     try:
         code: int = options.command(options)
     except UserError as error:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from nanotrain.config.engine import TrackerMode, TrackingConfig
 from nanotrain.config.errors import UserError
 from nanotrain.runtime.files import write_json_atomic
+from nanotrain.runtime.offline import stay_offline
 
 TRACKER_FILE = "tracker.json"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -54,8 +55,7 @@ class WandbTracker:
     own and the older ones go, so that `wandb sync` finds one folder with every step once."""
 
     def __init__(self, tracking: TrackingConfig, folder: Path, run_name: str, config: dict[str, Any]) -> None:
-        # Read by wandb when it is imported; its crash reports would go over the network even offline.
-        os.environ["WANDB_ERROR_REPORTING"] = "false"
+        stay_offline()
         try:
             import wandb
         except ImportError as error:
@@ -92,6 +92,7 @@ class TrackioTracker:
     """
 
     def __init__(self, tracking: TrackingConfig, folder: Path, run_name: str, config: dict[str, Any]) -> None:
+        stay_offline()  # it asks the hub who the user is, for its records
         try:
             import trackio
             from trackio.sqlite_storage import SQLiteStorage
