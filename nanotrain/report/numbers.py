@@ -124,4 +124,19 @@ def _plan_row(entry: EntryRecord) -> dict[str, Any]:
         "seconds": entry.seconds,
         "tokens_per_second": sorted(speed)[len(speed) // 2] if speed else None,
         "final_loss": results["final_loss"],
+        "step_time": _step_time(entry.metrics),
     }
+
+
+def _step_time(lines: list[dict[str, Any]]) -> dict[str, float | None] | None:
+    """Return the mean seconds of a step's parts, and what evaluating and saving took in all; None = not logged."""
+    timed = [line for line in lines if "compute_seconds" in line]
+    if not timed:
+        return None
+    parts: dict[str, float | None] = {}
+    for name in ("data", "compute", "communication"):
+        known = [line[f"{name}_seconds"] for line in timed if line[f"{name}_seconds"] is not None]
+        parts[name] = sum(known) / len(known) if known else None
+    for name, key in (("evaluation", "evaluation_seconds"), ("save_stall", "save_stall_seconds")):
+        parts[name] = sum(line.get(key, 0.0) for line in timed)
+    return parts

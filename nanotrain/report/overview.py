@@ -102,4 +102,22 @@ def plan_and_actual(numbers: dict[str, Any]) -> Html:
         for row in numbers["plan_and_actual"]
     ]
     headers = ["Stage", "Steps", "Tokens", "Skipped", "Time", "Tokens/s (median)", "Final loss"]
-    return table(headers, rows)
+    return Html(table(headers, rows) + _step_times(numbers))
+
+
+def _step_times(numbers: dict[str, Any]) -> Html:
+    """Return the table of where the steps' time went, on the first rank."""
+    rows = []
+    for row in numbers["plan_and_actual"]:
+        parts = row["step_time"]
+        if parts is None:
+            continue
+        step = sum(parts[name] or 0.0 for name in ("data", "compute", "communication"))
+        shares = [
+            show_share(parts[name] / step if step and parts[name] is not None else None)
+            for name in ("data", "compute", "communication")
+        ]
+        apart = [show_seconds(parts[name]) for name in ("evaluation", "save_stall")]
+        rows.append([row["entry"], f"{1000 * step:.1f} ms", *shares, *apart])
+    headers = ["Stage", "Step (mean)", "Waiting for data", "Computing", "Waiting for ranks", "Evaluating", "Saving"]
+    return table(headers, rows, caption="Where the time of a step went; evaluating and saving, in all, are apart.")

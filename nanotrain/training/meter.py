@@ -93,16 +93,16 @@ class Meter:
         }
 
 
-BAR_FORMAT = "{desc} {n_fmt}/{total_fmt}{postfix} |{bar}|"
+BAR_FORMAT = "{desc} {n_fmt}/{total_fmt}{postfix} {bar}"
 """The bar takes what room is left: a full line fits into 100 columns with several GPUs, too."""
 
 
 def describe(line: dict[str, Any]) -> str:
     """Return the short form of a line for the progress bar; what is not measured, or did not happen, is left out."""
     parts = [
-        f"loss {line['loss']:.4f}",
-        f"grad {line['grad_norm']:.3g}",
-        f"{line['tokens_per_second']:,.0f} tok/s",
+        f"loss {line['loss']:.5g}",
+        f"grad {line['grad_norm']:.2g}",
+        f"{tqdm.format_sizeof(line['tokens_per_second'])} tok/s",
     ]
     if line["mfu"] is not None:
         parts.append(f"mfu {line['mfu']:.0%}")

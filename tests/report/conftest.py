@@ -46,7 +46,10 @@ def _metrics(steps: int, start: float, end: float, average: float, draw: random.
         line = {"step": step, "loss": loss, "grad_norm": 0.4 + 2 * math.exp(-step / 20) + draw.random() * 0.1}
         line |= {"lr": 4e-3 * min(1, step / 20, 3 * (1 - step / (steps + 1))), "tokens_per_second": 9000.0, "mfu": None}
         line |= {"tokens": step * 4096, "loss_tokens": 4000, "seconds": 0.4 * step, "skipped": False}
+        line |= {"data_seconds": 0.02, "compute_seconds": 0.33, "communication_seconds": None if steps > 200 else 0.05}
+        line |= {"save_stall_seconds": 0.03 if step % 100 == 1 else 0.0}
         if step % 100 == 0 or step == steps:
+            line |= {"evaluation_seconds": 1.5}
             scores = _held_out(average + math.exp(-4 * step / steps))
             line |= {"held_out/loss": scores["loss"], "held_out/average": scores["average"]}
             line |= {f"held_out/bits_per_byte/{name}": value for name, value in scores["bits_per_byte"].items()}

@@ -65,7 +65,7 @@ def test_total_is_the_sum_of_stages(make_run: Make) -> None:
 
 
 def test_quality_rows_and_plan(make_run: Make) -> None:
-    _, numbers, _ = build(make_run())
+    page, numbers, _ = build(make_run())
     rows = {row["entry"]: row for row in numbers["quality"]}
     assert list(rows) == ["pretrain", "prune", "distill", "sft"]
     assert rows["prune"]["parameters"] == 2_450_000 and rows["prune"]["average"] == 2.9
@@ -73,6 +73,12 @@ def test_quality_rows_and_plan(make_run: Make) -> None:
     plan = {row["entry"]: row for row in numbers["plan_and_actual"]}
     assert plan["sft"]["planned_steps"] == plan["sft"]["steps"] == 240
     assert plan["pretrain"]["tokens_per_second"] == 9000.0
+    times = plan["distill"]["step_time"]
+    assert times == pytest.approx(
+        {"data": 0.02, "compute": 0.33, "communication": 0.05, "evaluation": 3.0, "save_stall": 0.06}
+    )
+    assert plan["sft"]["step_time"]["communication"] is None  # not measured is not zero
+    assert "distill|400.0 ms|5.0%|82.5%|12.5%|3.0 s|0.1 s" in "|".join(page.text)
     differing = {(row["entry"], row["key"]): row for row in numbers["published"]}
     assert differing["pretrain", "training.learning_rate"]["published"] == 4.5e-4
     assert ("pretrain", "training.optimizer.beta2") not in differing  # equal to the published value
