@@ -19,6 +19,7 @@ from nanotrain.checkpoint.hf_folder import iterate_tensors, save_state_dict
 from nanotrain.checkpoint.provenance import Provenance
 from nanotrain.config.engine import FP8_PRECISIONS, EngineConfig
 from nanotrain.config.errors import UserError
+from nanotrain.config.model import ModelConfig
 from nanotrain.config.training import ParameterDtype, StateDtype, TrainingConfig
 from nanotrain.engines.base import Engine, StateWriter, StepResult
 from nanotrain.engines.data_parallel import LossSums, sum_count
@@ -71,8 +72,7 @@ class DeepSpeedEngine(Engine):
             self._optimizer = MasterAdamW(
                 groups, lr=training.learning_rate, betas=betas, eps=training.optimizer.epsilon, fused=True
             )
-        settings = _settings(config, training, world, self._autocast_dtype, count_parameters(model.config))
-        self._start(settings, config)
+        self._start(_settings(config, training, world, self._autocast_dtype, model.config), config)
         self._partitions = ZeroPartitions(self._model, self._zero.optimizer, config.deepspeed.zero_stage, world)
 
     def _start(self, settings: dict[str, Any], config: EngineConfig) -> None:
@@ -87,13 +87,15 @@ class DeepSpeedEngine(Engine):
                 f"`engine.device` ({config.device.value}) came out as {self.device.type}, but DeepSpeed chose {chosen}; set"
                 f" the environment variable DS_ACCELERATOR={self.device.type}."
             )
+        root = TrainingRoot(self._model)
         with self._advice:
             self._zero: Any = deepspeed.initialize(
-                model=TrainingRoot(self._model),
-                optimizer=self._optimizer,
-                config=settings,
-                dist_init_required=False,
+                model=root, optimizer=self._optimizer, config=settings, dist_init_required=False
             )[0]
+        if config.deepspeed.zero_stage == 3:
+            # The root reads the head's weight itself. ZeRO-3 would find that out in the midst of a forward pass, after
+            # it has recorded the order of all weights, and refuse the next one.
+            deepspeed.zero.register_external_parameter(root, self._model.output_weight())
 
     def train_step(self, microbatches: Sequence[MicroBatch], loss_fn: LossFn, learning_rate: float) -> StepResult:
         assert self._optimizer is not None, "this engine was built without `training`"
@@ -228,14 +230,16 @@ def _settings(
     training: TrainingConfig | None,
     world: World,
     autocast_dtype: torch.dtype | None,
-    num_parameters: int,
+    model: ModelConfig,
 ) -> dict[str, Any]:
     """Return DeepSpeed's own configuration."""
-    bucket = min(BUCKET_VALUES, num_parameters)
+    bucket = min(BUCKET_VALUES, count_parameters(model))
     zero: dict[str, Any] = {
         "stage": config.deepspeed.zero_stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
+        # Norms and convolutions stay whole, every matrix is divided.
+        "stage3_param_persistence_threshold": model.conv_channels * model.conv_kernel,
     }
     if dist.is_initialized() and dist.get_backend() == "gloo":
         zero["stage3_allgather_sequential"] = True  # or several gathers at once return wrong values (decision 0001)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 from torch import Tensor, nn
 
 from nanotrain.checkpoint.row_shards import RowFiles, whole, write_rows
@@ -87,6 +87,8 @@ class ZeroPartitions:
         parameter = self._parameters[name]
         if self._stage < 3:
             return parameter.detach()
+        if parameter.ds_status is ZeroParamStatus.AVAILABLE:  # one that is kept; the context below would divide it
+            return parameter.detach().clone()
         with GatheredParameters([parameter]):
             return parameter.detach().clone()
 
