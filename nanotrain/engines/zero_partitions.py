@@ -80,6 +80,8 @@ class ZeroPartitions:
         """ZeRO-3 keeps small weights whole between steps; gather those anew, one by one (docs/decisions/0001)."""
         if self._stage == 3:
             for parameter in self._optimizer.persistent_parameters:
+                if parameter.ds_status is ZeroParamStatus.AVAILABLE:
+                    parameter.partition([parameter])  # or what was gathered before would stay
                 parameter.all_gather([parameter])
 
     def whole(self, name: str) -> Tensor:
