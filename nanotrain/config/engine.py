@@ -5,10 +5,12 @@ from enum import Enum
 
 from nanotrain.config.errors import UserError
 from nanotrain.config.model import ATTENTION, MAMBA, MLP
+from nanotrain.config.parallel import DataParallel, DeepSpeedConfig, Fsdp2Config, check_parallel_keys
 
 
 class EngineKind(str, Enum):
     torch = "torch"
+    deepspeed = "deepspeed"
 
 
 class Device(str, Enum):
@@ -120,10 +122,18 @@ class EngineConfig:
     """Trades time for memory; gradients stay the same bit for bit."""
     threads: int = 0
     """CPU threads of torch; 0 = torch's own choice."""
+    data_parallel: DataParallel = DataParallel.auto
+    """kind=torch on several ranks: ddp = every rank holds the whole model, fsdp2 = weights, gradients and optimizer states
+    are divided over the ranks. auto = ddp where there are several ranks."""
+    fsdp2: Fsdp2Config = field(default_factory=Fsdp2Config)
+    """data_parallel=fsdp2 only."""
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    """kind=deepspeed only."""
 
     def validate(self, path: str) -> None:
         if self.threads < 0:
             raise UserError(f"`{path}.threads` ({self.threads}) must not be negative; 0 leaves the choice to torch.")
+        check_parallel_keys(path, self.kind.value, self.data_parallel, self.fsdp2, self.deepspeed)
         for name in ("fp8_bf16_first_layers", "fp8_bf16_last_layers"):
             if self.__dict__[name] < 0:
                 raise UserError(f"`{path}.{name}` ({self.__dict__[name]}) must not be negative; 0 = no layer.")

@@ -3,12 +3,15 @@
 Only there do FSDP2 and ZeRO-3 have the output matrix gathered and its gradient reduced.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from nanotrain.losses.base import LossFn, LossOutput
 from nanotrain.model.batch import MicroBatch
 from nanotrain.model.head import OutputHead
 from nanotrain.model.hybrid import HybridModel
+from nanotrain.ops.linear_cross_entropy import token_log_probabilities
 
 
 class TrainingRoot(nn.Module):
@@ -18,9 +21,17 @@ class TrainingRoot(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: MicroBatch, loss_fn: LossFn | None = None) -> LossOutput | Tensor:
-        """Return the loss of `batch`, or its last hidden states [B, S, D] when no loss is given."""
+    def forward(self, batch: MicroBatch, loss_fn: LossFn | Callable[..., Tensor] | None = None) -> LossOutput | Tensor:
+        """Return the loss of `batch`, or its last hidden states [B, S, D] when no loss is given.
+
+        Whatever else needs the whole output matrix is called in the place of a loss.
+        """
         hidden_states = self.model.hidden_states(batch.input_ids, batch.segment_ids)
         if loss_fn is None:
             return hidden_states
         return loss_fn(OutputHead(hidden_states, self.model.output_weight()), batch)
+
+
+def label_log_probabilities(head: OutputHead, batch: MicroBatch) -> Tensor:
+    """Return the log-probability of each label [B, S]; called in the place of a loss."""
+    return token_log_probabilities(head.hidden_states, head.weight, batch.labels, vocab_shard=head.vocab_shard)

@@ -1,0 +1,321 @@
+"""DDP and FSDP2 on two ranks against one process: gradients, resume, export, steps that are skipped.
+
+Ranks are processes, and starting them takes long: one fixture starts them once, and every test reads its part of what
+came back.
+"""
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nanotrain.checkpoint.hf_folder import load_state_dict, save_model
+from nanotrain.config.engine import ActivationCheckpointingConfig, Device, EngineConfig, Precision
+from nanotrain.config.errors import UserError
+from nanotrain.config.parallel import DataParallel, Fsdp2Config
+from nanotrain.config.training import OptimizerConfig, ParameterDtype, StateDtype, TrainingConfig
+from nanotrain.engines import build_engine
+from nanotrain.engines.base import Engine
+from nanotrain.losses.distillation import ForwardKL
+from nanotrain.losses.language_modeling import CrossEntropy
+from nanotrain.model.batch import IGNORE_INDEX, MicroBatch
+from nanotrain.model.hybrid import HybridModel, build_meta_model
+from nanotrain.runtime.distributed import wait_for_all
+from tests.conftest import TINY, random_batch
+from tests.ranks import run_ranks
+
+FP32 = EngineConfig(device=Device.cpu, precision=Precision.fp32)
+BF16 = replace(FP32, precision=Precision.bf16)
+DDP = replace(FP32, data_parallel=DataParallel.ddp)
+FSDP2 = replace(FP32, data_parallel=DataParallel.fsdp2)
+CHECKPOINTED = ActivationCheckpointingConfig(mamba=True, mlp=True, attention=True)
+KINDS = {"ddp": DDP, "fsdp2": FSDP2}
+VARIANTS = {
+    "ddp_checkpointed": replace(DDP, activation_checkpointing=CHECKPOINTED),
+    "fsdp2_checkpointed": replace(FSDP2, activation_checkpointing=CHECKPOINTED),
+    "fsdp2_kept": replace(FSDP2, fsdp2=Fsdp2Config(reshard_after_forward=False, reduce_every_micro_batch=True)),
+}
+"""Trained for a few steps only."""
+RATE = 3e-3
+STEPS, RESUMED_AT = 20, 10
+CLIP = 1.0
+TIED = replace(TINY, tie_word_embeddings=True)
+
+
+def training(**optimizer) -> TrainingConfig:
+    return TrainingConfig(
+        steps=STEPS, global_batch_size=8, micro_batch_size=2, sequence_length=12, learning_rate=RATE,
+        optimizer=OptimizerConfig(**({"gradient_clip": CLIP} | optimizer)),
+    )  # fmt: skip
+
+
+def global_batch(step: int, rank: int, size: int) -> list[MicroBatch]:
+    """This rank's of four packed micro-batches with very different numbers of labels; the last has none."""
+    batches = [random_batch(2, 10 * step + number) for number in range(4)]
+    batches[1].labels[:, 3:] = IGNORE_INDEX
+    batches[3].labels.fill_(IGNORE_INDEX)
+    return batches[rank::size]
+
+
+def here() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def build(config: EngineConfig, model=TINY, seed: int = 0) -> Engine:
+    engine = build_engine(config, build_meta_model(model), training())
+    engine.init_weights(seed)
+    return engine
+
+
+def train(engine: Engine, steps, loss_fn=None, teacher: Engine | None = None) -> list[tuple[float, float]]:
+    numbers = []
+    for step in steps:
+        batches = global_batch(step, *here())
+        if teacher is not None:
+            hidden = teacher.hidden_states(batches)
+            batches = [replace(b, teacher_hidden_states=h) for b, h in zip(batches, hidden, strict=True)]
+        result = engine.train_step(batches, loss_fn or CrossEntropy(), RATE)
+        assert not result.skipped
+        numbers.append((result.loss, result.grad_norm))
+    return numbers
+
+
+def distill(config: EngineConfig) -> list[tuple[float, float]]:
+    """Towards a teacher that is divided as the student is."""
+    teacher = build_engine(config, build_meta_model(TINY))
+    teacher.init_weights(5)
+    with teacher.head() as head:
+        return train(build(config), range(3), ForwardKL(head), teacher)
+
+
+class PoisonedOn(CrossEntropy):
+    """Not a number on one rank only."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def __call__(self, head, batch):
+        output = super().__call__(head, batch)
+        return output._replace(loss_sum=output.loss_sum * float("nan")) if here()[0] == self._rank else output
+
+
+def skip_one(engine: Engine, folder: Path) -> tuple[bool, str | None, bool]:
+    """Return whether a step was skipped, what it changed, and whether the step after it was."""
+    engine.save_hf(folder)
+    skipped = engine.train_step(global_batch(50, *here()), PoisonedOn(here()[1] - 1), RATE).skipped
+    changed = engine.first_difference(folder)
+    return skipped, changed, engine.train_step(global_batch(51, *here()), CrossEntropy(), RATE).skipped
+
+
+@dataclass
+class Report:
+    """What one rank saw of one kind of engine."""
+
+    steps: list[tuple[float, float]]
+    resumed: list[tuple[float, float]]
+    evaluation: dict[str, float]
+    logprobs: torch.Tensor
+    difference: str | None
+    skips: tuple[bool, str | None, bool]
+    distilled: list[tuple[float, float]]
+
+
+def run_kind(config: EngineConfig, folder: Path) -> Report:
+    engine = build(config)
+    steps = train(engine, range(RESUMED_AT))
+    write = engine.snapshot_state()
+    steps += train(engine, range(RESUMED_AT, STEPS))  # what a snapshot holds does not move with the weights
+    if here()[0] == 0:
+        (folder / "state").mkdir(parents=True)
+    wait_for_all()
+    write(folder / "state")
+    wait_for_all()
+    engine.save_hf(folder / "hf")
+    difference = engine.first_difference(folder / "hf")
+    evaluation = engine.evaluate([random_batch(2, 90 + here()[0])], CrossEntropy())
+    logprobs = engine.logprobs(random_batch(2, 90))
+    again = build(config, seed=9)
+    again.load_state(folder / "state")
+    torch.manual_seed(5)
+    resumed = train(again, range(RESUMED_AT, STEPS))
+    skips = skip_one(engine, folder / "before")
+    return Report(steps, resumed, evaluation, logprobs, difference, skips, distill(config))
+
+
+def refusals() -> dict[str, str]:
+    """Return what FSDP2 and DDP say to what they cannot do."""
+    cases = {
+        "in_backward": (DDP, {"in_backward": True, "gradient_clip": 0.0}),
+        "fsdp2_in_backward": (FSDP2, {"in_backward": True, "gradient_clip": 0.0}),
+        "state_dtype": (FSDP2, {"state_dtype": StateDtype.int8}),
+        "parameter_dtype": (replace(FSDP2, precision=Precision.bf16), {"parameter_dtype": ParameterDtype.bf16}),
+    }
+    said = {}
+    for name, (config, optimizer) in cases.items():
+        batch = replace(training(**optimizer), global_batch_size=4)
+        with pytest.raises(UserError) as refused:
+            build_engine(config, build_meta_model(TINY), batch)
+        said[name] = str(refused.value)
+    return said
+
+
+def other_states(folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """Continue what one process saved as FSDP2, and what DDP saved; load and save what is tied."""
+    numbers = {}
+    for name in ("one", "ddp"):
+        engine = build(FSDP2, seed=3)
+        engine.load_state(folder / name / "state")
+        numbers[name] = train(engine, range(RESUMED_AT, STEPS))
+    tied = build(FSDP2, TIED)
+    numbers["tied"] = train(tied, range(3))
+    for name, config in VARIANTS.items():
+        numbers[name] = train(build(config), range(3))
+    tied.save_hf(folder / "tied" / "hf")
+    loaded = build(FSDP2, TIED, seed=4)
+    loaded.load_hf(folder / "tied" / "hf")
+    assert loaded.first_difference(folder / "tied" / "hf") is None
+    loaded.init_weights(4)
+    assert loaded.first_difference(folder / "tied" / "hf") == "backbone.embeddings.weight"
+    with tied.inference_model() as model:
+        save_model(model, folder / f"inference-{here()[0]}")
+    bf16 = build(replace(BF16, data_parallel=DataParallel.fsdp2))
+    numbers["bf16"] = train(bf16, range(4))
+    low = {"state_dtype": StateDtype.int8, "parameter_dtype": ParameterDtype.bf16}
+    narrow = build_engine(replace(BF16, data_parallel=DataParallel.ddp), build_meta_model(TINY), training(**low))
+    narrow.init_weights(0)
+    numbers["low_precision"] = train(narrow, range(4))
+    return numbers
+
+
+def on_two_ranks(folder: Path):
+    reports = {name: run_kind(config, folder / name) for name, config in KINDS.items()}
+    return reports, other_states(folder), refusals()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("parallel")
+
+
+@pytest.fixture(scope="module")
+def one(folder) -> Report:
+    return run_kind(FP32, folder / "one")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder, one):
+    return run_ranks(on_two_ranks, 2, folder)
+
+
+def close(one: list[tuple[float, float]], other: list[tuple[float, float]], loss=2e-6, norm=1e-5) -> None:
+    assert len(one) == len(other) > 0
+    for step, ((a, m), (b, n)) in enumerate(zip(one, other, strict=True)):
+        assert b == pytest.approx(a, rel=loss), f"loss of step {step}"
+        assert n == pytest.approx(m, rel=norm), f"gradient norm of step {step}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_and_gradients_of_20_steps_equal_one_process(one, ranks, kind):
+    assert max(norm for _, norm in one.steps) > CLIP
+    for reports, _, _ in ranks:
+        close(one.steps, reports[kind].steps)
+    assert ranks[0][0][kind].steps == ranks[1][0][kind].steps
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_sums_over_ranks_and_logprobs_are_of_the_own_batch(folder, one, ranks, kind):
+    engine = build(FP32)
+    engine.load_hf(folder / "one" / "hf")
+    expected = engine.evaluate([random_batch(2, 90), random_batch(2, 91)], CrossEntropy())
+    for reports, _, _ in ranks:
+        assert reports[kind].evaluation == pytest.approx(expected, rel=1e-5)
+        torch.testing.assert_close(reports[kind].logprobs, one.logprobs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exported_folders_are_equal(folder, one, ranks, kind):
+    expected, got = load_state_dict(folder / "one" / "hf"), load_state_dict(folder / kind / "hf")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
+    for reports, _, _ in ranks:
+        assert reports[kind].difference is None
+    files = [sorted(p.name for p in (folder / name / "hf").iterdir()) for name in ("one", kind)]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_checkpointed_layers_and_kept_weights_change_nothing(one, ranks, kind):
+    for _, numbers, _ in ranks:
+        close(one.steps[:3], numbers[kind])
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_the_same_ranks_resume_bit_for_bit(ranks, kind):
+    for reports, _, _ in ranks:
+        assert reports[kind].resumed == reports[kind].steps[RESUMED_AT:]
+
+
+@pytest.mark.parametrize("kind", ["one", "ddp"])
+def test_two_ranks_continue_what_others_saved(one, ranks, kind):
+    for _, numbers, _ in ranks:
+        close(one.steps[RESUMED_AT:], numbers[kind])
+
+
+@pytest.mark.parametrize("kind", ["one", "ddp", "fsdp2"])
+def test_one_process_continues_what_ranks_saved(folder, one, ranks, kind):
+    engine = build(FP32, seed=3)
+    engine.load_state(folder / kind / "state")
+    close(one.steps[RESUMED_AT:], train(engine, range(RESUMED_AT, STEPS)))
+
+
+def test_a_state_without_a_rank_is_refused(folder, ranks, tmp_path):
+    shutil.copytree(folder / "fsdp2" / "state", tmp_path / "state")
+    (tmp_path / "state" / "tensors-00001.safetensors").unlink()
+    with pytest.raises(UserError, match="files of some ranks are missing"):
+        build(FP32).load_state(tmp_path / "state")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(one, ranks, kind):
+    for report in (one, *(reports[kind] for reports, _, _ in ranks)):
+        assert report.skips == (True, None, False)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_distillation_from_a_divided_teacher(one, ranks, kind):
+    for reports, _, _ in ranks:
+        close(one.distilled, reports[kind].distilled)
+
+
+def test_tied_embeddings_bf16_and_low_precision_states(folder, one, ranks):
+    tied = build(FP32, TIED)
+    bf16 = build(BF16)
+    low = {"state_dtype": StateDtype.int8, "parameter_dtype": ParameterDtype.bf16}
+    narrow = build_engine(BF16, build_meta_model(TINY), training(**low))
+    narrow.init_weights(0)
+    expected = {"tied": train(tied, range(3)), "bf16": train(bf16, range(4)), "low_precision": train(narrow, range(4))}
+    for _, numbers, _ in ranks:
+        close(expected["tied"], numbers["tied"])
+        close(expected["bf16"], numbers["bf16"], loss=1e-3, norm=2e-2)
+        close(expected["low_precision"], numbers["low_precision"], loss=5e-3, norm=5e-2)
+    exported = load_state_dict(folder / "tied" / "hf")
+    for rank in range(2):
+        gathered = load_state_dict(folder / f"inference-{rank}")
+        assert all(tensor.equal(gathered[name]) for name, tensor in exported.items())
+
+
+def test_what_cannot_be_divided_is_refused_by_name(ranks):
+    said = ranks[0][2]
+    assert "in_backward" in said["in_backward"] and "one process only" in said["in_backward"]
+    for key in ("in_backward", "state_dtype", "parameter_dtype"):
+        sentence = said["fsdp2_in_backward" if key == "in_backward" else key]
+        assert "engine.data_parallel" in sentence and f"optimizer.{key}" in sentence and "ddp" in sentence
+
+
+@pytest.mark.parametrize("kind", [DataParallel.ddp, DataParallel.fsdp2])
+def test_one_process_refuses_what_it_would_ignore(kind):
+    with pytest.raises(UserError, match=rf"engine\.data_parallel` \({kind.value}\) needs several ranks"):
+        build_engine(replace(FP32, data_parallel=kind), HybridModel(TINY), training())
