@@ -1,47 +1,24 @@
 """Resumable states: state/step-00001000/, complete or absent, the newest found by listing.
 
-Nothing stores which state is the latest: a stored pointer could point to what a kill cut off.
+checkpoint/saver.py writes them. Nothing stores which state is the latest: a stored pointer could point to what a kill cut off.
 """
 
 import json
 import logging
+import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanotrain.runtime.files import file_digest, folder_atomic, remove_leftovers
+from nanotrain.runtime.distributed import current_world, from_all, from_first
+from nanotrain.runtime.files import file_digest, remove_leftovers
 
 logger = logging.getLogger("nanotrain")
 
 DIGESTS_FILE = "digests.json"
 PROGRESS_FILE = "progress.json"
 ENGINE_FOLDER = "engine"
-
-
-def save_resume_state(
-    root: Path, step: int, write_engine: Callable[[Path], None], progress: dict[str, Any], keep_last: int
-) -> Path:
-    """Write the state after `step` steps, then remove all but the newest `keep_last`.
-
-    Args:
-        root: the entry's `state` folder.
-        step: optimizer steps done.
-        write_engine: fills an empty folder (Engine.save_state).
-        progress: what the loop needs beside the engine, as JSON.
-        keep_last: states kept, at least 1.
-    """
-    folder = root / f"step-{step:08d}"
-    with folder_atomic(folder) as temporary:
-        (temporary / ENGINE_FOLDER).mkdir()
-        write_engine(temporary / ENGINE_FOLDER)
-        (temporary / PROGRESS_FILE).write_text(json.dumps(progress), encoding="utf-8")
-        digests = {name: file_digest(temporary / name) for name in _files(temporary)}
-        (temporary / DIGESTS_FILE).write_text(json.dumps(digests, indent=2, sort_keys=True), encoding="utf-8")
-    for _, old in list_states(root)[:-keep_last]:
-        shutil.rmtree(old)
-    return folder
 
 
 def list_states(root: Path) -> list[tuple[int, Path]]:
@@ -54,41 +31,71 @@ def list_states(root: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def latest_resume_state(root: Path) -> tuple[Path, dict[str, Any]] | None:
+def latest_resume_state(root: Path, keep_every: int = 0) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest intact state, as (folder of the engine, progress); None when there is none.
 
-    A damaged one is named in a warning, removed, and the one before it is used. Call it once, when a stage starts: it
-    also clears what a killed process left.
+    A damaged one is named in a warning, removed, and the one before it is used. Called on every rank when a stage
+    starts: it also clears what a killed process left.
+
+    Args:
+        root: the entry's `state` folder.
+        keep_every: look only at states of a step that this divides; 0 = at all.
     """
-    if root.is_dir():
+    if current_world().is_first and root.is_dir():
         remove_leftovers(root)
-    for _, folder in reversed(list_states(root)):
+    states = [(step, path) for step, path in list_states(root) if not keep_every or step % keep_every == 0]
+    for folder in reversed(from_first([path for _, path in states])):
         defect = find_defect(folder)
         if defect is None:
             progress = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
             return folder / ENGINE_FOLDER, progress
         logger.warning("%s is damaged (%s); it is removed and the state before it is used.", folder, defect)
-        shutil.rmtree(folder)
+        if current_world().is_first:
+            remove_state(folder)
     return None
 
 
 def find_defect(folder: Path) -> str | None:
-    """Return what is wrong with a state: a missing, surplus or changed file; None when it is intact."""
+    """Return what is wrong with a state: a missing, surplus or changed file; None when it is intact.
+
+    Collective: each rank reads its share of the files.
+    """
+    digests = from_first(_read_digests(folder))
+    if isinstance(digests, str):
+        return digests
+    defect = None
+    for name in shares(sorted(digests)):
+        if not (folder / name).is_file() or file_digest(folder / name) != digests[name]:
+            defect = f"{name} differs from its digest"
+            break
+    return next((found for found in from_all(defect) if found is not None), None)
+
+
+def _read_digests(folder: Path) -> dict[str, str] | str:
+    """Return file -> sha256 as it was saved, or what is wrong with the list itself."""
     try:
         digests = json.loads((folder / DIGESTS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return f"no readable {DIGESTS_FILE}"
     if not isinstance(digests, dict) or PROGRESS_FILE not in digests:
         return f"{DIGESTS_FILE} is incomplete"
-    present = set(_files(folder)) - {DIGESTS_FILE}
-    differing = present ^ digests.keys()
-    if differing:
-        return f"{sorted(differing)[0]} is missing or was added"
-    for name, digest in digests.items():
-        if file_digest(folder / name) != digest:
-            return f"{name} differs from its digest"
-    return None
+    differing = (set(state_files(folder)) - {DIGESTS_FILE}) ^ digests.keys()
+    return f"{sorted(differing)[0]} is missing or was added" if differing else digests
 
 
-def _files(folder: Path) -> list[str]:
+def state_files(folder: Path) -> list[str]:
+    """Return the relative names of all files of a state."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def shares(names: list[str]) -> list[str]:
+    """Return the files that this rank reads, so that all ranks together read each of them once."""
+    world = current_world()
+    return names[world.rank :: world.size]
+
+
+def remove_state(folder: Path) -> None:
+    """Remove a state so that a kill leaves it whole or gone."""
+    doomed = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)

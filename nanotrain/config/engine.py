@@ -149,6 +149,7 @@ class TrackerKind(str, Enum):
     none = "none"
     wandb = "wandb"
     trackio = "trackio"
+    tensorboard = "tensorboard"
 
 
 class TrackerMode(str, Enum):

@@ -68,6 +68,47 @@ class ParameterDtype(str, Enum):
     bf16 = "bf16"
 
 
+class SaveFailure(str, Enum):
+    warn = "warn"
+    stop = "stop"
+
+
+class SpikeAction(str, Enum):
+    off = "off"
+    log = "log"
+    skip = "skip"
+    roll_back = "roll_back"
+
+
+@dataclass
+class SpikeConfig:
+    """What to do when a step's loss stands out from those before it."""
+
+    action: SpikeAction = SpikeAction.off
+    """log = say so; skip = leave the update out; roll_back = go back to the newest state of `keep_every` and go on with the
+    step after the spike, so that its data and all since that state are left out."""
+    z_score: float = 6.0
+    """Standard deviations above the mean of the window."""
+    window: int = 128
+    """Steps that the mean and the standard deviation are taken over; nothing is a spike before it is half full."""
+
+    def validate(self, path: str, training: "TrainingConfig") -> None:
+        if not self.z_score > 0:
+            raise UserError(f"`{path}.z_score` ({self.z_score}) must be greater than 0.")
+        if self.window < 4:
+            raise UserError(f"`{path}.window` ({self.window}) must be at least 4.")
+        if self.action is SpikeAction.skip and training.optimizer.in_backward:
+            raise UserError(
+                f"`{path}.action` (skip) must know the loss before the update, but `stage.training.optimizer.in_backward`"
+                " updates in the backward pass; set one of them otherwise."
+            )
+        if self.action is SpikeAction.roll_back and not training.keep_every:
+            raise UserError(
+                f"`{path}.action` (roll_back) goes back to states at fixed steps, so that a run resumed in between ends the"
+                " same; set `stage.training.keep_every`."
+            )
+
+
 MAX_BETA_OF_BF16_STATES = 0.99
 """bf16 keeps 8 bits: an average that moves by less than 2^-9 of the difference a step would stand still."""
 
@@ -138,11 +179,20 @@ class TrainingConfig:
     save_interval_seconds: float = 600.0
     """A resumable state is saved when so much time has passed since the last one."""
     keep_last: int = 2
-    """Number of resumable states kept."""
+    """Number of newest resumable states kept."""
+    keep_every: int = 0
+    """Every so many steps a state is saved and kept for good; 0 = none."""
+    on_save_failure: SaveFailure = SaveFailure.warn
+    """When a state cannot be stored (disk full, read-only): warn = go on and try again at the next one; stop = end the run.
+    The states before it are intact either way."""
+    watchdog_seconds: float = 1800.0
+    """A process that finishes no step and no held-out evaluation for so long prints the stacks of all its threads and
+    ends, so that the launcher starts it again; 0 = never."""
     log_interval: int = 1
     """Steps between lines of metrics.jsonl."""
     max_nonfinite_steps: int = 5
     """A step with a non-finite loss or gradient is skipped and counted; so many in a row end the run."""
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
 
     @property
     def tokens_per_step(self) -> int:
@@ -152,6 +202,7 @@ class TrainingConfig:
         """Raise UserError when a value is out of range or batch sizes do not divide."""
         minimum = {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1, "sequence_length": 2, "keep_last": 1}
         minimum |= {"evaluation_interval": 0, "evaluation_tokens": 0, "log_interval": 1, "max_nonfinite_steps": 1}
+        minimum |= {"keep_every": 0, "watchdog_seconds": 0}
         for name, least in minimum.items():
             if self.__dict__[name] < least:
                 raise UserError(f"`{path}.{name}` ({self.__dict__[name]}) must be at least {least}.")
@@ -161,6 +212,7 @@ class TrainingConfig:
             raise UserError(f"`{path}.save_interval_seconds` ({self.save_interval_seconds}) must be greater than 0.")
         self.schedule.validate(f"{path}.schedule", self.steps, self.learning_rate)
         self.optimizer.validate(f"{path}.optimizer")
+        self.spike.validate(f"{path}.spike", self)
 
     def validate_batch(self, path: str, dp_size: int) -> None:
         """Raise UserError unless the global batch splits evenly over ranks and micro-batches."""

@@ -1,5 +1,6 @@
 """What a stage may ask of an engine. The engine owns everything distributed and everything normalised."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -29,7 +30,7 @@ class StepResult:
     num_tokens: int
     """Sum of the denominators: what counted in the loss."""
     skipped: bool
-    """The loss or the gradient was not finite; weights and optimizer are as before the step. With the optimizer in the
+    """The loss or the gradient was not finite, or the loss above `max_loss`; weights and optimizer are as before the step. With the optimizer in the
     backward pass, a gradient may be found so after the layers above it were updated (engines/optimizer_in_backward.py)."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The loss's own metrics, each sum over count."""
@@ -47,17 +48,27 @@ class Engine(ABC):
     dp_size: int
     num_devices: int
     """All ranks, of every kind of parallelism."""
+    communication_seconds: float | None = None
+    """Of the last `train_step`, in collectives; None where that is not measured."""
     device: torch.device
     model_config: ModelConfig
 
     @abstractmethod
-    def train_step(self, microbatches: Sequence[MicroBatch], loss_fn: LossFn, learning_rate: float) -> StepResult:
+    def train_step(
+        self,
+        microbatches: Sequence[MicroBatch],
+        loss_fn: LossFn,
+        learning_rate: float,
+        max_loss: float = math.inf,
+    ) -> StepResult:
         """Do exactly one optimizer step on sum of losses / sum of denominators.
 
         Args:
             microbatches: this rank's, equally many on every rank.
             loss_fn: called inside the root module's forward.
             learning_rate: of this step.
+            max_loss: a greater loss is treated like one that is not finite: the update is left out. Not with the
+                optimizer in the backward pass (config/training.py refuses it).
         """
 
     @abstractmethod

@@ -102,7 +102,13 @@ class TorchEngine(Engine):
         self._trained.zero_grad(set_to_none=True)
         self._drop_weight_copies()
 
-    def train_step(self, microbatches: Sequence[MicroBatch], loss_fn: LossFn, learning_rate: float) -> StepResult:
+    def train_step(
+        self,
+        microbatches: Sequence[MicroBatch],
+        loss_fn: LossFn,
+        learning_rate: float,
+        max_loss: float = math.inf,
+    ) -> StepResult:
         assert self._optimizer is not None, "this engine was built without `training`"
         assert self._in_backward is None or len(microbatches) == 1, (
             "the optimizer in the backward pass cannot accumulate"
@@ -127,16 +133,16 @@ class TorchEngine(Engine):
             if self._in_backward is not None:
                 grad_norm, skipped = self._in_backward.finish()
             else:
-                grad_norm, skipped = self._update(loss)
+                grad_norm, skipped = self._update(loss, max_loss)
         self._drop_weight_copies()
         return StepResult(loss, grad_norm, num_tokens, skipped, sums.metrics())
 
-    def _update(self, loss: float) -> tuple[float, bool]:
+    def _update(self, loss: float, max_loss: float) -> tuple[float, bool]:
         """Clip and update from the gradients of all weights; return their norm and whether the step was skipped."""
         assert self._optimizer is not None
         norm = self._gradient_norm()
         grad_norm = float(norm)
-        skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
+        skipped = not (math.isfinite(loss) and loss <= max_loss and math.isfinite(grad_norm))
         if not skipped:
             if self._clip > 0:
                 self._clip_gradients(norm)

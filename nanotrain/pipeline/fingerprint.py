@@ -5,8 +5,11 @@ import importlib.metadata
 import json
 from typing import Any
 
-_IGNORED_KEYS = ("name", "output_dir", "tracking")
-"""Where a run lies, what it is called and who watches it do not change its product."""
+_IGNORED_KEYS = ("name", "output_dir", "tracking", "cluster")
+"""Where a run lies, what it is called, who watches it and what machines it asks for do not change its product."""
+
+_IGNORED_TRAINING_KEYS = ("save_interval_seconds", "keep_last", "on_save_failure", "watchdog_seconds")
+"""How a training survives does not change what it learns, and may be changed between two attempts."""
 
 
 def package_version() -> str:
@@ -23,6 +26,9 @@ def fingerprinted(resolved: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in resolved.items() if key not in _IGNORED_KEYS}
     kept["engine"] = {key: value for key, value in resolved["engine"].items() if key != "threads"}
     kept["stage"] = {key: value for key, value in resolved["stage"].items() if not key.endswith("_from")}
+    if "training" in kept["stage"]:
+        training = kept["stage"]["training"].items()
+        kept["stage"]["training"] = {key: value for key, value in training if key not in _IGNORED_TRAINING_KEYS}
     return kept
 
 

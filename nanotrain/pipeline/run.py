@@ -3,11 +3,14 @@
 Everything that can be refused is refused before the first stage starts; nothing is written until then.
 """
 
+import contextlib
+import errno
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,8 @@ import yaml
 from nanotrain.config.errors import UserError, nearest
 from nanotrain.config.load import LoadedEntry, LoadedRecipe
 from nanotrain.config.load_messages import shown_path
-from nanotrain.config.stage import PRODUCT_KINDS, StageConfig
-from nanotrain.pipeline.attempts import attempt
+from nanotrain.config.stage import PRODUCT_KINDS, TRAINING_STAGES, StageConfig
+from nanotrain.pipeline.attempts import Attempts, attempt
 from nanotrain.pipeline.fingerprint import fingerprint, package_version
 from nanotrain.pipeline.inputs import InputRef, resolve_inputs
 from nanotrain.pipeline.ownership import check_ownership, owned_folder
@@ -25,6 +28,7 @@ from nanotrain.pipeline.preflight import Preflight
 from nanotrain.pipeline.products import (
     RECIPE_FILE,
     RECORD_FILE,
+    FileStamp,
     StageRecord,
     changed_file,
     load_record,
@@ -33,6 +37,7 @@ from nanotrain.pipeline.products import (
     stamp_product,
 )
 from nanotrain.pipeline.status import State, Status, assess, entry_recipe_digest
+from nanotrain.runtime.distributed import current_world, on_first
 from nanotrain.runtime.files import folder_digest, remove_leftovers, write_bytes_atomic
 from nanotrain.runtime.run import Run
 
@@ -40,6 +45,10 @@ log = logging.getLogger("nanotrain")
 
 StageFunction = Callable[[Any, Run], Path]
 """Takes the stage's own config and the run, returns the product (a stage function of `nanotrain.stages`)."""
+
+_NOBODY: contextlib.nullcontext[None] = contextlib.nullcontext()
+"""Keeps the account of an entry on the other ranks."""
+_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 REPORT_FILES = ("report.html", "report.json")
 
@@ -50,6 +59,7 @@ def run_pipeline(
     *,
     report: Callable[[Path], None],
     force: bool | str = False,
+    only: str | None = None,
 ) -> None:
     """Bring every entry of a recipe to its finished state, and the report up to date.
 
@@ -59,12 +69,22 @@ def run_pipeline(
         report: writes the report of an output folder; called after every stage.
         force: True = make stale entries again; an entry's name = make that one again even if it is finished, and
             those that follow from it.
+        only: bring this entry alone up to date, from what those before it have left: a job of its own.
 
     Raises:
         UserError: anything that the user can mend.
         Preempted: a stage was asked to stop, and has saved.
     """
-    Pipeline(recipe, stages, report, force).run()
+    Pipeline(recipe, stages, report, force, only).run()
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is to be done for one entry; the first rank tells it to the others."""
+
+    run: Run
+    fingerprint: str
+    input_digests: dict[str, str]
 
 
 class Pipeline:
@@ -76,41 +96,73 @@ class Pipeline:
         stages: Callable[[], Mapping[type[StageConfig], StageFunction]],
         report: Callable[[Path], None],
         force: bool | str,
+        only: str | None = None,
     ) -> None:
         self._recipe = recipe
         self._stages = stages
         self._report = report
         self._force = force
+        self._only = only
         self._inputs: dict[str, list[InputRef]] = {}
         self._external_digests: dict[Path, str] = {}
         self._made: set[str] = set()
         self._read: set[Path] = set()
 
     def run(self) -> None:
-        self._check()
-        with owned_folder(self._recipe):
-            remove_leftovers(self._recipe.output_dir)
+        """Run on every rank: the first one decides and keeps the books, the others follow it."""
+        on_first(self._check)
+        with contextlib.ExitStack() as stack:
+            on_first(lambda: self._open(stack))
             for entry in self._recipe.entries:
-                self._bring_up_to_date(entry)
-            if not self._report_is_current():
-                self._report(self._recipe.output_dir)
+                if self._only in (None, entry.name):
+                    self._bring_up_to_date(entry)
+            on_first(self._write_missing_report)
+
+    def _open(self, stack: contextlib.ExitStack) -> None:
+        stack.enter_context(owned_folder(self._recipe))
+        remove_leftovers(self._recipe.output_dir)
+
+    def _write_missing_report(self) -> None:
+        if not self._report_is_current():
+            self._report(self._recipe.output_dir)
 
     def _check(self) -> None:
         """Refuse everything that can be refused without running a stage. Writes nothing."""
         names = [entry.name for entry in self._recipe.entries]
         if isinstance(self._force, str) and self._force not in names:
             raise UserError(f"`--force {self._force}` names no entry of this run; {nearest(self._force, names)}")
+        if self._only is not None and self._only not in names:
+            raise UserError(f"`--only {self._only}` names no entry of this run; {nearest(self._only, names)}")
         check_ownership(self._recipe)
         self._inputs = resolve_inputs(self._recipe)
         Preflight(self._recipe, self._inputs).check()
         to_be_made: set[str] = set()
         for entry in self._recipe.entries:
+            if self._only not in (None, entry.name):
+                continue
+            self._require_inputs(entry)
             unknown = any(ref.entry in to_be_made for ref in self._inputs[entry.name])
             status = assess(entry, self._folder(entry), None if unknown else self._input_digests(entry))
             self._refuse_stale(entry, status, to_be_made)
             if status.state is not State.FINISHED or self._force == entry.name:
                 to_be_made.add(entry.name)
                 self._verify_inputs(entry, to_be_made)
+
+    def _require_inputs(self, entry: LoadedEntry) -> None:
+        """Refuse `--only` where an input from the run is missing or belongs to another recipe than today's."""
+        if self._only is None:
+            return
+        entries = {one.name: one for one in self._recipe.entries}
+        for ref in self._inputs[entry.name]:
+            if ref.folder is not None or ref.entry not in entries:
+                continue
+            source = entries[ref.entry]
+            made = {other.entry for other in self._inputs[ref.entry] if other.folder is None}
+            known = all(load_record(self._recipe.output_dir / name) is not None for name in made)
+            status = assess(source, self._folder(source), self._input_digests(source) if known else None)
+            if status.state is not State.FINISHED:
+                reason = status.reason or f"it is not finished in {shown_path(self._recipe.output_dir)}"
+                raise UserError(f"`--only {entry.name}` needs {ref.entry!r}: {reason}; run `--only {ref.entry}` first.")
 
     def _folder(self, entry: LoadedEntry) -> Path:
         return self._recipe.output_dir / entry.name
@@ -165,6 +217,17 @@ class Pipeline:
                 )
 
     def _bring_up_to_date(self, entry: LoadedEntry) -> None:
+        with _storage_errors_explained(self._folder(entry)):
+            work = on_first(lambda: self._begin(entry))
+            if work is None:
+                return
+            with attempt(work.run.folder, work.fingerprint) if current_world().is_first else _NOBODY as attempts:
+                product = self._call_stage(entry, work.run)
+                stamps = on_first(lambda: stamp_product(product))
+            on_first(lambda: self._finish(entry, work, product, stamps, attempts))
+
+    def _begin(self, entry: LoadedEntry) -> "_Work | None":
+        """Decide what is to be done, and make the folder ready for it; None = nothing."""
         folder = self._folder(entry)
         digests = self._input_digests(entry)
         status = assess(entry, folder, digests)
@@ -172,16 +235,11 @@ class Pipeline:
         forced = self._force == entry.name and status.record is not None
         if status.state is State.FINISHED and not forced:
             log.info("%s: finished before, nothing to do", entry.name)
-            return
+            return None
         if status.state is State.STALE or forced:
             log.info("%s: removing %s to make it again", entry.name, shown_path(folder))
             _remove(folder)
         self._verify_inputs(entry, set())
-        self._run_stage(entry, folder, digests)
-        self._made.add(entry.name)
-        self._report(self._recipe.output_dir)
-
-    def _run_stage(self, entry: LoadedEntry, folder: Path, digests: dict[str, str]) -> None:
         resumed = (folder / RECIPE_FILE).exists()
         log.info("%s: %s", entry.name, "resuming" if resumed else "starting")
         folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +247,6 @@ class Pipeline:
         recipe_yaml = yaml.safe_dump(entry.resolved, sort_keys=False, allow_unicode=True)
         write_bytes_atomic(folder / RECIPE_FILE, recipe_yaml.encode())
         config = entry.config
-        inputs = {ref.key: self._input_path(ref) for ref in self._inputs[entry.name]}
         run = Run(
             name=self._recipe.name,
             entry=entry.name,
@@ -197,28 +254,41 @@ class Pipeline:
             seed=config.seed,
             engine=config.engine,
             tracking=config.tracking,
-            inputs=inputs,
+            inputs={ref.key: self._input_path(ref) for ref in self._inputs[entry.name]},
         )
-        digest = entry_recipe_digest(entry)
-        wanted = fingerprint(digest, digests)
-        with attempt(folder, wanted) as attempts:
-            product = self._stages()[type(config.stage)](config.stage, run)
-            assert product.exists() and product != folder and product.is_relative_to(folder), (
+        return _Work(run, fingerprint(entry_recipe_digest(entry), digests), digests)
+
+    def _call_stage(self, entry: LoadedEntry, run: Run) -> Path:
+        stage = entry.config.stage
+
+        def call() -> Path:
+            product = self._stages()[type(stage)](stage, run)
+            assert product.exists() and product != run.folder and product.is_relative_to(run.folder), (
                 f"{product} of {entry.name}"
             )
-            stamps = stamp_product(product)
+            return product
+
+        return call() if isinstance(stage, TRAINING_STAGES) else on_first(call)
+
+    def _finish(
+        self, entry: LoadedEntry, work: "_Work", product: Path, stamps: dict[str, FileStamp], attempts: Attempts | None
+    ) -> None:
+        """Record the product, and bring the report up to date."""
+        assert attempts is not None
+        folder, stage = work.run.folder, type(entry.config.stage)
         entries = {ref.key: ref.entry for ref in self._inputs[entry.name]}
         record = StageRecord(
-            fingerprint=wanted,
-            recipe_digest=digest,
+            fingerprint=work.fingerprint,
+            recipe_digest=entry_recipe_digest(entry),
             entry=entry.name,
-            stage=type(config.stage).__name__,
-            kind=PRODUCT_KINDS[type(config.stage)],
+            stage=stage.__name__,
+            kind=PRODUCT_KINDS[stage],
             product=product.relative_to(folder).as_posix(),
             product_digest=product_digest(stamps),
             product_files=stamps,
             inputs={
-                key: {"path": str(path), "digest": digests[key], "entry": entries[key]} for key, path in inputs.items()
+                key: {"path": str(path), "digest": work.input_digests[key], "entry": entries[key]}
+                for key, path in work.run.inputs.items()
             },
             seconds=round(sum(attempts.seconds), 3),
             peak_memory_bytes=attempts.peak_memory_bytes,
@@ -227,6 +297,8 @@ class Pipeline:
         )
         save_record(folder, record)
         log.info("%s: finished in %.1f s", entry.name, record.seconds)
+        self._made.add(entry.name)
+        self._report(self._recipe.output_dir)
 
     def _report_is_current(self) -> bool:
         """True when the report was written after the last stage was finished."""
@@ -235,6 +307,20 @@ class Pipeline:
             return False
         records = [self._folder(entry) / RECORD_FILE for entry in self._recipe.entries]
         return min(f.stat().st_mtime_ns for f in files) >= max(r.stat().st_mtime_ns for r in records)
+
+
+@contextlib.contextmanager
+def _storage_errors_explained(folder: Path) -> Iterator[None]:
+    """Turn a disk that is full or read-only into one sentence; what was finished stays finished."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _STORAGE_ERRORS:
+            raise
+        raise UserError(
+            f"{shown_path(folder)} cannot be written ({error.strerror}); what was saved is intact: make room, and the"
+            " same command continues."
+        ) from error
 
 
 def _remove(folder: Path) -> None:

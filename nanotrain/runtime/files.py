@@ -14,12 +14,17 @@ def write_bytes_atomic(file: Path, content: bytes) -> None:
     """Write to a temporary name beside `file`, fsync, rename."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as handle:
+    write_synced(temporary, content)
+    os.replace(temporary, file)
+    fsync_folder(file.parent)
+
+
+def write_synced(file: Path, content: bytes) -> None:
+    """Write under the name itself and fsync; for files of a folder that is renamed when it is whole."""
+    with open(file, "wb") as handle:
         handle.write(content)
         handle.flush()
         os.fsync(handle.fileno())
-    os.replace(temporary, file)
-    fsync_folder(file.parent)
 
 
 def write_json_atomic(file: Path, value: Any) -> None:

@@ -21,6 +21,8 @@ class Run:
     tracking: TrackingConfig
     inputs: dict[str, Path] = field(default_factory=dict)
     """Product folders by key (`init_from`, `teacher_from`, `data_from`, `architecture_from`)."""
+    stop_after: int | None = None
+    """Training stops after so many steps as if a signal had come; `--resume-check` interrupts itself with it."""
 
     @property
     def folder(self) -> Path:

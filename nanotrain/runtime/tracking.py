@@ -34,7 +34,9 @@ class Tracker(Protocol):
         ...
 
 
-def build_tracker(tracking: TrackingConfig, folder: Path, run_name: str, config: dict[str, Any]) -> Tracker:
+def build_tracker(
+    tracking: TrackingConfig, folder: Path, run_name: str, config: dict[str, Any], start_step: int = 0
+) -> Tracker:
     """Return a tracker that writes `folder`/metrics.jsonl and the chosen tracker.
 
     A run that is resumed in the same folder continues the same tracker run: its id is kept in tracker.json.
@@ -44,6 +46,7 @@ def build_tracker(tracking: TrackingConfig, folder: Path, run_name: str, config:
         folder: of the entry; offline data lands below it.
         run_name: shown by the tracker.
         config: shown by the tracker.
+        start_step: steps done; what a tracker holds of later ones, from an attempt that was cut off, is replaced.
 
     Raises:
         UserError: the tracker's package is missing.
@@ -54,6 +57,8 @@ def build_tracker(tracking: TrackingConfig, folder: Path, run_name: str, config:
         trackers.append(_Wandb(tracking, folder, run_name, config))
     elif tracking.kind is TrackerKind.trackio:
         trackers.append(_Trackio(tracking, folder, run_name, config))
+    elif tracking.kind is TrackerKind.tensorboard:
+        trackers.append(_TensorBoard(folder, config, start_step))
     return _All(trackers)
 
 
@@ -174,3 +179,27 @@ class _Trackio:
     def close(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             self._run.finish()
+
+
+class _TensorBoard:
+    """Event files below <entry>/tensorboard; a resumed run adds one, which hides what it repeats."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], start_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError(
+                "`tracking.kind` (tensorboard) needs the package tensorboard, which is not installed;"
+                " `pip install tensorboard`."
+            ) from error
+        self._writer = SummaryWriter(folder / "tensorboard", purge_step=start_step + 1)
+        if start_step == 0:
+            self._writer.add_text("config", f"```\n{json.dumps(config, indent=2, default=str)}\n```")
+
+    def log(self, step: int, values: Values) -> None:
+        for name, value in values.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()

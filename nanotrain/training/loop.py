@@ -1,26 +1,30 @@
-"""The loop: step, log, evaluate, save, guard, preempt. Every training stage runs this one."""
+"""The loop: step, log, evaluate, save, guard, preempt. Every training stage runs this one, on every rank."""
 
+import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tqdm import tqdm
 
-from nanotrain.checkpoint.resume import latest_resume_state, save_resume_state
-from nanotrain.config.training import TrainingConfig
+from nanotrain.config.training import SpikeAction, TrainingConfig
 from nanotrain.engines.base import Engine, StepResult
 from nanotrain.losses.base import LossFn
 from nanotrain.optim.lr_schedule import learning_rate
+from nanotrain.runtime.distributed import any_of, current_world, on_first
 from nanotrain.runtime.run import Run
 from nanotrain.runtime.seeding import derived_seed, seed_everything
 from nanotrain.runtime.signals import Preempted, PreemptionGuard
-from nanotrain.runtime.tracking import build_tracker, truncate_metrics
-from nanotrain.training.guard import NonFiniteGuard
-from nanotrain.training.meter import Meter, describe
+from nanotrain.runtime.tracking import Tracker, build_tracker, truncate_metrics
+from nanotrain.runtime.watchdog import Watchdog
+from nanotrain.training.guard import SkippedStepsGuard
+from nanotrain.training.meter import Meter, StepTimes, describe
+from nanotrain.training.spike import SpikeDetector
+from nanotrain.training.states import States
 from nanotrain.training.teacher import Loader
 
-STATE_FOLDER = "state"
+log = logging.getLogger("nanotrain")
 
 Evaluate = Callable[[], dict[str, float]]
 """Returns held-out numbers under their names in metrics.jsonl."""
@@ -42,18 +46,6 @@ class TrainingSummary:
     """What `evaluate` returned after the last step."""
 
 
-@dataclass
-class _Progress:
-    """What the loop knows beside the engine; saved with every state."""
-
-    step: int = 0
-    seconds: float = 0.0
-    final_loss: float = 0.0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    evaluation: dict[str, float] = field(default_factory=dict)
-
-
 def train(
     engine: Engine,
     loader: Loader,
@@ -73,8 +65,9 @@ def train(
         evaluate: called at `evaluation_interval` and after the last step.
 
     Raises:
-        Preempted: a signal asked to stop; the state is saved.
-        TrainingDiverged: too many steps in a row were not finite.
+        Preempted: a signal on any rank, or `run.stop_after`, asked to stop; the state is saved.
+        TrainingDiverged: too many steps in a row were skipped.
+        UserError: a state could not be saved, and `on_save_failure` is stop.
     """
     seed_everything(derived_seed(run.seed, run.entry))
     return _Loop(engine, config, run, evaluate).run(loader, loss_fn)
@@ -83,51 +76,63 @@ def train(
 class _Loop:
     def __init__(self, engine: Engine, config: TrainingConfig, run: Run, evaluate: Evaluate | None) -> None:
         self._engine, self._config, self._run, self._evaluate = engine, config, run, evaluate
-        self._progress = self._resume()
-        self._guard = NonFiniteGuard(
+        self._states = States(engine, config, run.folder)
+        self._progress = self._states.resume()
+        on_first(lambda: truncate_metrics(run.folder, self._progress.step))
+        self._guard = SkippedStepsGuard(
             config.max_nonfinite_steps, self._progress.skipped, self._progress.skipped_in_a_row
         )
+        self._spikes = SpikeDetector(config.spike, self._progress.losses)
         self._meter = Meter(engine, config, self._progress.seconds)
-        self._saved_at = time.perf_counter()
-
-    def _resume(self) -> _Progress:
-        state = latest_resume_state(self._run.folder / STATE_FOLDER)
-        progress = _Progress()
-        if state is not None:
-            self._engine.load_state(state[0])
-            progress = _Progress(**state[1])
-        truncate_metrics(self._run.folder, progress.step)
-        return progress
+        self._watchdog = Watchdog(config.watchdog_seconds)
 
     def run(self, loader: Loader, loss_fn: LossFn) -> TrainingSummary:
-        config, run = self._config, self._run
-        tracker = build_tracker(run.tracking, run.folder, f"{run.name}-{run.entry}", asdict(config))
-        bar = tqdm(total=config.steps, initial=self._progress.step, desc=run.entry, unit="step", dynamic_ncols=True)
+        config, run, first = self._config, self._run, current_world().is_first
+        tracker: Tracker | None = None
+        bar = tqdm(
+            total=config.steps, initial=self._progress.step, desc=run.entry, unit="step", dynamic_ncols=True,
+            disable=not first,
+        )  # fmt: skip
         try:
-            with PreemptionGuard() as preemption, bar:
+            if first:
+                name = f"{run.name}-{run.entry}"
+                tracker = build_tracker(run.tracking, run.folder, name, asdict(config), self._progress.step)
+            with PreemptionGuard() as preemption, self._watchdog, bar:
                 for step in range(self._progress.step, config.steps):
-                    started = time.perf_counter()
-                    rate = learning_rate(step, config)
-                    result = self._engine.train_step(loader.microbatches(step), loss_fn, rate)
-                    self._meter.count(config.tokens_per_step, time.perf_counter() - started)
-                    line = self._after_step(step + 1, result, rate)
-                    if line is not None:
+                    result, rate, times = self._step(step, loader, loss_fn)
+                    line = self._after_step(step + 1, result, rate, times)
+                    if line is not None and tracker is not None:
                         tracker.log(step + 1, line)
                         bar.set_postfix(describe(line), refresh=False)
                     bar.update(1)
-                    if self._save_is_due(step + 1, preemption.received):
-                        self._save()
-                    if preemption.received and step + 1 < config.steps:
-                        raise Preempted(preemption.received, step + 1)
+                    self._save_or_stop(step + 1, preemption)
+                self._states.settle()
         finally:
-            tracker.close()
+            self._states.close()
+            if tracker is not None:
+                tracker.close()
         return self._summary()
 
-    def _after_step(self, done: int, result: StepResult, rate: float) -> dict[str, Any] | None:
+    def _step(self, step: int, loader: Loader, loss_fn: LossFn) -> tuple[StepResult, float, StepTimes]:
+        self._watchdog.beat(f"training step {step + 1}")
+        started = time.perf_counter()
+        batches = loader.microbatches(step)
+        loaded = time.perf_counter()
+        rate = learning_rate(step, self._config)
+        result = self._engine.train_step(batches, loss_fn, rate, self._spikes.max_loss)
+        done = time.perf_counter()
+        times = StepTimes(loaded - started, done - loaded, self._engine.communication_seconds)
+        self._meter.count(self._config.tokens_per_step, times)
+        return result, rate, times
+
+    def _after_step(self, done: int, result: StepResult, rate: float, times: StepTimes) -> dict[str, Any] | None:
         """Take stock of a step; return its line for the log where one is due."""
-        self._guard.observe(done, result.skipped, result.loss, result.grad_norm)
         progress, config = self._progress, self._config
-        progress.step = done
+        spike = self._spikes.observe(result.loss)
+        self._guard.observe(done, result.skipped, result.loss, result.grad_norm, spike)
+        if spike is not None and not self._roll_back(done, spike):
+            log.warning("step %d: %s%s", done, spike, "; its update is left out" if result.skipped else "")
+        progress.step, progress.losses = done, self._spikes.history
         progress.skipped, progress.skipped_in_a_row = self._guard.total, self._guard.in_a_row
         if not result.skipped:
             progress.final_loss = result.loss
@@ -138,23 +143,48 @@ class _Loop:
         if not (evaluated or last or done % config.log_interval == 0):
             return None
         line = self._meter.line(done, result, rate, done * config.tokens_per_step)
+        line["save_stall_seconds"], self._states.stall_seconds = self._states.stall_seconds, 0.0
         if evaluated:
             assert self._evaluate is not None
+            self._watchdog.beat(f"evaluating after step {done}")
             progress.evaluation = self._evaluate()
             line |= progress.evaluation
         return line
 
-    def _save_is_due(self, done: int, signal_name: str | None) -> bool:
-        waited = time.perf_counter() - self._saved_at >= self._config.save_interval_seconds
-        return waited or signal_name is not None or done == self._config.steps
-
-    def _save(self) -> None:
-        self._progress.seconds = self._meter.seconds
-        root = self._run.folder / STATE_FOLDER
-        save_resume_state(
-            root, self._progress.step, self._engine.save_state, asdict(self._progress), self._config.keep_last
+    def _roll_back(self, done: int, spike: str) -> bool:
+        """Take the updates since the newest kept state back, where that is asked for; the steps stay counted as done."""
+        if self._config.spike.action is not SpikeAction.roll_back:
+            return False
+        self._watchdog.beat(f"rolling back at step {done}")
+        step = self._states.roll_back()
+        if step is None:
+            return False
+        log.warning(
+            "step %d: %s; weights and optimizer go back to step %d, training goes on with new data", done, spike, step
         )
-        self._saved_at = time.perf_counter()
+        self._progress.rolled_back.append([step + 1, done])
+        return True
+
+    def _save_or_stop(self, done: int, preemption: PreemptionGuard) -> None:
+        """Save when it is time, and stop when some rank was asked to: one small reduction a step decides for all ranks.
+
+        Raises:
+            Preempted: after saving.
+        """
+        states = self._states
+        stop = preemption.received is not None or done == self._run.stop_after
+        due = current_world().is_first and states.due_by_time
+        stop, due, writing = any_of(stop, due, states.writing)
+        if not writing:
+            states.settle()  # at once: the thread is done on every rank
+        stop = stop and done < self._config.steps
+        if stop or states.due_by_step(done) or (due and not writing):
+            self._watchdog.beat(f"saving after step {done}")
+            self._progress.seconds = self._meter.seconds
+            states.save(self._progress)
+        if stop:
+            states.settle()
+            raise Preempted(preemption.received or "a signal to another rank", done)
 
     def _summary(self) -> TrainingSummary:
         progress = self._progress

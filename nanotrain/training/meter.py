@@ -1,6 +1,7 @@
 """Turns step results into the line of numbers that the progress bar, metrics.jsonl and the trackers show."""
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from nanotrain.config.training import TrainingConfig
@@ -14,6 +15,18 @@ from nanotrain.runtime.timing import (
     peak_flops_per_second,
     tokens_per_second,
 )
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Wall clock of one step, in seconds."""
+
+    data: float
+    """Waiting for micro-batches; what is loaded ahead costs nothing here. An online teacher's forward passes count too."""
+    step: float
+    """Forward, backward and update."""
+    communication: float | None
+    """Of `step`, in collectives; None where the engine cannot tell."""
 
 
 class Meter:
@@ -32,27 +45,32 @@ class Meter:
         self._start = time.perf_counter()
         self._steps_here = 0
         self._busy = 0.0
-        self._window_tokens, self._window_seconds = 0, 0.0
+        self._window_tokens = 0
+        self._window: list[StepTimes] = []
 
     @property
     def seconds(self) -> float:
         """Wall clock of the loop, all attempts together."""
         return self._seconds_before + time.perf_counter() - self._start
 
-    def count(self, tokens: int, seconds: float) -> None:
-        """Add one step: tokens read by all ranks, and its wall clock, loading included."""
+    def count(self, tokens: int, times: StepTimes) -> None:
+        """Add one step: tokens read by all ranks, and its wall clock."""
         self._steps_here += 1
-        self._busy += seconds
+        self._busy += times.data + times.step
         self._window_tokens += tokens
-        self._window_seconds += seconds
+        self._window.append(times)
 
     def line(self, step: int, result: StepResult, learning_rate: float, tokens: int) -> dict[str, Any]:
         """Return the numbers after `step` steps and start a new window for the rates.
 
-        `mfu` is None where the device's peak is unknown (CPU).
+        `mfu` is None where the device's peak is unknown (CPU); the three parts of a step are means over the window.
         """
-        tokens_window, seconds = self._window_tokens, self._window_seconds
-        self._window_tokens, self._window_seconds = 0, 0.0
+        tokens_window, window = self._window_tokens, self._window
+        self._window_tokens, self._window = 0, []
+        seconds = sum(times.data + times.step for times in window)
+        known = [times.communication for times in window if times.communication is not None]
+        communication = sum(known) / len(window) if window and len(known) == len(window) else None
+        compute = sum(times.step for times in window) / max(len(window), 1)
         return {
             "loss": result.loss,
             "grad_norm": result.grad_norm,
@@ -61,6 +79,9 @@ class Meter:
             "mfu": mfu(self._flops_per_token * tokens_window, seconds, self._peak),
             "memory_bytes": memory_bytes(self._device_type),
             "eta_seconds": eta_seconds(self._steps_here, self._steps_here + self._steps - step, self._busy),
+            "data_seconds": sum(times.data for times in window) / max(len(window), 1),
+            "compute_seconds": compute - (communication or 0.0),
+            "communication_seconds": communication,
             "seconds": self.seconds,
             "tokens": tokens,
             "loss_tokens": result.num_tokens,

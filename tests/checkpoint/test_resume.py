@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nanotrain.checkpoint.resume import find_defect, latest_resume_state, list_states, save_resume_state
+from nanotrain.checkpoint.resume import find_defect, latest_resume_state, list_states
+from nanotrain.checkpoint.saver import SaveFailedError, StateSaver
 
 
 def write_engine(content: str):
@@ -19,7 +20,10 @@ def write_engine(content: str):
 
 
 def save(root: Path, step: int, keep_last: int = 10) -> Path:
-    return save_resume_state(root, step, write_engine(f"state {step}"), {"step": step}, keep_last)
+    saver = StateSaver(root, keep_last)
+    saver.start(step, write_engine(f"state {step}"), {"step": step})
+    saver.finish()
+    return root / f"step-{step:08d}"
 
 
 def test_the_newest_is_returned_with_its_progress_and_old_ones_go(tmp_path):
@@ -48,8 +52,10 @@ def test_a_write_that_fails_leaves_the_states_as_they_were(tmp_path):
         (folder / "half").write_bytes(b"x")
         raise OSError("no space left on device")
 
-    with pytest.raises(OSError, match="no space"):
-        save_resume_state(tmp_path, 2, fail, {"step": 2}, 1)
+    saver = StateSaver(tmp_path, 1)
+    saver.start(2, fail, {"step": 2})
+    with pytest.raises(SaveFailedError, match="rank 0: OSError: no space"):
+        saver.finish()
     assert [step for step, _ in list_states(tmp_path)] == [1] and find_defect(tmp_path / "step-00000001") is None
 
 

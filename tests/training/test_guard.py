@@ -1,10 +1,10 @@
 import pytest
 
-from nanotrain.training.guard import NonFiniteGuard, TrainingDiverged
+from nanotrain.training.guard import SkippedStepsGuard, TrainingDiverged
 
 
 def test_only_a_row_of_skipped_steps_ends_the_run():
-    guard = NonFiniteGuard(3)
+    guard = SkippedStepsGuard(3)
     for step, skipped in enumerate([True, True, False, True, True, False]):
         guard.observe(step, skipped, float("nan") if skipped else 1.0, 1.0)
     assert (guard.total, guard.in_a_row) == (4, 0)
@@ -15,7 +15,7 @@ def test_only_a_row_of_skipped_steps_ends_the_run():
 
 
 def test_the_count_goes_on_after_a_resume():
-    guard = NonFiniteGuard(2, total=5, in_a_row=1)
+    guard = SkippedStepsGuard(2, total=5, in_a_row=1)
     with pytest.raises(TrainingDiverged):
         guard.observe(1, True, float("nan"), 1.0)
     assert guard.total == 6
