@@ -4,11 +4,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from nanotrain.config.errors import UserError
+from nanotrain.config.megatron import MegatronConfig
 from nanotrain.config.model import ATTENTION, MAMBA, MLP
 
 
 class EngineKind(str, Enum):
     torch = "torch"
+    megatron = "megatron"
 
 
 class Device(str, Enum):
@@ -120,10 +122,18 @@ class EngineConfig:
     """Trades time for memory; gradients stay the same bit for bit."""
     threads: int = 0
     """CPU threads of torch; 0 = torch's own choice."""
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
+    """kind=megatron only."""
 
     def validate(self, path: str) -> None:
         if self.threads < 0:
             raise UserError(f"`{path}.threads` ({self.threads}) must not be negative; 0 leaves the choice to torch.")
+        self.megatron.validate(f"{path}.megatron")
+        if self.kind is not EngineKind.megatron and self.megatron != MegatronConfig():
+            raise UserError(
+                f"`{path}.megatron` belongs to `{path}.kind` (megatron) and would be ignored by {self.kind.value}; remove"
+                " it, or choose engine=megatron."
+            )
         for name in ("fp8_bf16_first_layers", "fp8_bf16_last_layers"):
             if self.__dict__[name] < 0:
                 raise UserError(f"`{path}.{name}` ({self.__dict__[name]}) must not be negative; 0 = no layer.")

@@ -22,7 +22,10 @@ def build_engine(config: EngineConfig, model: "HybridModel", training: TrainingC
     Raises:
         UserError: the engine cannot do what the config asks for.
     """
-    assert config.kind is EngineKind.torch, config.kind
+    if config.kind is EngineKind.megatron:
+        from nanotrain.engines.megatron_engine import MegatronEngine
+
+        return MegatronEngine(config, model, training)
     from nanotrain.engines.torch_engine import TorchEngine
 
     return TorchEngine(config, model, training)
