@@ -4,8 +4,9 @@ config.json, *.safetensors, generation_config.json, nanotrain.json (provenance),
 """
 
 import dataclasses
+import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -55,17 +56,33 @@ def load_state_dict(folder: Path | str, dtype: torch.dtype | None = None) -> dic
     Raises:
         UserError: as `load_config`; or a tensor is missing, unexpected or of the wrong shape, or a file is corrupt.
     """
-    folder = Path(folder)
-    config = load_config(folder)
-    state = dict(_checked_tensors(folder, config, dtype))
-    missing = sorted(tensor_shapes(config).keys() - state.keys())
-    if missing:
-        raise UserError(f"{folder}: the tensor {missing[0]} is missing ({len(missing)} in all); copy the folder again.")
-    if config.tie_word_embeddings:
-        if _HEAD in state and not torch.equal(state[_HEAD], state[_EMBEDDINGS]):
-            raise UserError(f"{folder}: `tie_word_embeddings` is true but {_HEAD} differs from the embeddings.")
+    state = dict(iterate_tensors(folder, dtype))
+    if load_config(folder).tie_word_embeddings:
         state[_HEAD] = state[_EMBEDDINGS]
     return state
+
+
+def iterate_tensors(folder: Path | str, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Yield (HybridModel's name, tensor on the CPU), one in memory at a time; without `lm_head.weight` where it is tied.
+
+    Arguments and errors as for `load_state_dict`; what is missing is known, and raised, at the end.
+    """
+    folder = Path(folder)
+    config = load_config(folder)
+    missing = dict(tensor_shapes(config))
+    tied: dict[str, Tensor] = {}
+    for name, tensor in _checked_tensors(folder, config, dtype):
+        missing.pop(name, None)
+        if config.tie_word_embeddings and name in (_EMBEDDINGS, _HEAD):
+            tied[name] = tensor
+        if name != _HEAD or not config.tie_word_embeddings:
+            yield name, tensor
+    if missing:
+        raise UserError(
+            f"{folder}: the tensor {min(missing)} is missing ({len(missing)} in all); copy the folder again."
+        )
+    if len(tied) == 2 and not torch.equal(tied[_HEAD], tied[_EMBEDDINGS]):
+        raise UserError(f"{folder}: `tie_word_embeddings` is true but {_HEAD} differs from the embeddings.")
 
 
 def _checked_tensors(folder: Path, config: ModelConfig, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
@@ -153,6 +170,7 @@ def save_state_dict(
     tokenizer_from: Path | None = None,
     provenance: Provenance | None = None,
     max_shard_bytes: int = 5 * 2**30,
+    gather: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Write a checkpoint folder, whole or not at all.
 
@@ -164,6 +182,8 @@ def save_state_dict(
         tokenizer_from: folder whose tokenizer files are copied; None = none.
         provenance: written to nanotrain.json. Changes of an imported config that its parent recorded are carried on.
         max_shard_bytes: weights above it go into several files with an index.
+        gather: returns a whole tensor by its name, where those of `state_dict` only tell shape and dtype; called once
+            for each, in the order of `planning.parameters.tensor_shapes`.
 
     Raises:
         UserError: the tokenizer is missing, or has more tokens than the model.
@@ -171,12 +191,18 @@ def save_state_dict(
     folder = Path(folder)
     if tokenizer_from is not None:
         check_tokenizer_size(load_tokenizer(tokenizer_from), config, tokenizer_from)
-    tensors = _tensors_to_write(state_dict, config, dtype)
-    name = str(tensors[_EMBEDDINGS].dtype).removeprefix("torch.")
+    dtypes = _dtypes_to_write(state_dict, config, dtype)
+    shapes = tensor_shapes(config)
+    sizes = {name: math.prod(shapes[name]) * dtypes[name].itemsize for name in shapes}
+    if config.tie_word_embeddings:
+        # transformers does not tie this model's matrices whatever its config says, so both are written.
+        sizes[_HEAD] = sizes[_EMBEDDINGS]
+    tensors = _tensors_to_write(gather or state_dict.__getitem__, dtypes, config)
+    name = str(dtypes[_EMBEDDINGS]).removeprefix("torch.")
     if provenance is not None:
         provenance = _with_inherited_changes(provenance)
     with folder_atomic(folder) as temporary:
-        write_tensors(tensors, temporary, max_shard_bytes)
+        write_tensors(tensors, sizes, temporary, max_shard_bytes)
         write_json_atomic(temporary / config_json.CONFIG_FILE, config_json.to_json(config, name))
         write_json_atomic(temporary / "generation_config.json", config_json.generation_json(config))
         write_bytes_atomic(temporary / CARD_FILE, model_card(config, name, provenance).encode())
@@ -186,20 +212,26 @@ def save_state_dict(
             copy_tokenizer(tokenizer_from, temporary)
 
 
-def _tensors_to_write(
+def _dtypes_to_write(
     state_dict: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype | None
-) -> dict[str, Tensor]:
+) -> dict[str, torch.dtype]:
     shapes = tensor_shapes(config)
     given = {name: tuple(tensor.shape) for name, tensor in state_dict.items() if name in shapes}
     assert given == shapes, "the tensors are not those of the configuration"
-    tensors = {}
-    for name in shapes:
-        tensor = state_dict[name].detach()
-        tensors[name] = tensor.to("cpu", _stored_dtype(name, dtype or tensor.dtype)).contiguous()
-    if config.tie_word_embeddings:
-        # transformers does not tie this model's matrices whatever its config says, so both are written.
-        tensors[_HEAD] = tensors[_EMBEDDINGS].clone()
-    return tensors
+    return {name: _stored_dtype(name, dtype or state_dict[name].dtype) for name in shapes}
+
+
+def _tensors_to_write(
+    whole: Callable[[str], Tensor], dtypes: dict[str, torch.dtype], config: ModelConfig
+) -> Iterator[tuple[str, Tensor]]:
+    head = None
+    for name, dtype in dtypes.items():
+        tensor = whole(name).detach().to("cpu", dtype).contiguous()
+        if name == _EMBEDDINGS and config.tie_word_embeddings:
+            head = tensor.clone()
+        yield name, tensor
+    if head is not None:
+        yield _HEAD, head
 
 
 def _with_inherited_changes(provenance: Provenance) -> Provenance:

@@ -1,7 +1,7 @@
 """The *.safetensors files of a checkpoint folder: one, or shards with an index. Nothing is ever unpickled."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -76,23 +76,39 @@ def _read_index(folder: Path) -> dict[str, set[str]]:
     return shards
 
 
-def write_tensors(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
-    """Write one file, or shards of at most `max_shard_bytes` (a larger tensor gets its own) and their index."""
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        filled += tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], folder / SINGLE_FILE, metadata={"format": "pt"})
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+def write_tensors(
+    tensors: Iterable[tuple[str, Tensor]], sizes: Mapping[str, int], folder: Path, max_shard_bytes: int
+) -> None:
+    """Write one file, or shards of at most `max_shard_bytes` (a larger tensor gets its own) and their index.
+
+    Args:
+        tensors: (name, tensor on the CPU), asked for one at a time; only those of one shard are held.
+        sizes: bytes of each, in the order in which `tensors` gives them.
+        folder: an existing folder.
+        max_shard_bytes: of one file.
+    """
+    shards = plan_shards(sizes, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    given = iter(tensors)
+    for number, names in enumerate(shards, start=1):
+        file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        shard = dict(next(given) for _ in names)
+        assert {name: tensor.nbytes for name, tensor in shard.items()} == {name: sizes[name] for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    write_json_atomic(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_json_atomic(folder / INDEX_FILE, index)
+
+
+def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
+    """Return the names of each shard's tensors: in order, as many as fit, at least one."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards

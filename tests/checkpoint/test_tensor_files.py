@@ -11,6 +11,10 @@ from nanotrain.config.errors import MissingInputError, UserError
 TENSORS = {f"t{i}": torch.randn(10, i + 1) for i in range(6)}
 
 
+def write(folder: Path, limit: int) -> None:
+    write_tensors(TENSORS.items(), {name: tensor.nbytes for name, tensor in TENSORS.items()}, folder, limit)
+
+
 def same(folder: Path) -> bool:
     read = dict(read_tensors(folder))
     return read.keys() == TENSORS.keys() and all(torch.equal(read[name], TENSORS[name]) for name in TENSORS)
@@ -18,7 +22,7 @@ def same(folder: Path) -> bool:
 
 @pytest.mark.parametrize("limit", [1, 100, 300, 10**9])
 def test_round_trip_in_shards_of_any_size(tmp_path: Path, limit: int) -> None:
-    write_tensors(TENSORS, tmp_path, limit)
+    write(tmp_path, limit)
     assert same(tmp_path)
     shards = sorted(tmp_path.glob("*.safetensors"))
     if limit == 10**9:
@@ -34,7 +38,7 @@ def test_round_trip_in_shards_of_any_size(tmp_path: Path, limit: int) -> None:
 
 
 def test_truncated_file(tmp_path: Path) -> None:
-    write_tensors(TENSORS, tmp_path, 10**9)
+    write(tmp_path, 10**9)
     whole = (tmp_path / SINGLE_FILE).read_bytes()
     for size in (0, 4, 60, len(whole) - 8):
         (tmp_path / SINGLE_FILE).write_bytes(whole[:size])
@@ -48,7 +52,7 @@ def test_missing_and_disagreeing_files(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(MissingInputError, match="never loaded"):
         list(read_tensors(tmp_path))
-    write_tensors(TENSORS, tmp_path, 300)
+    write(tmp_path, 300)
     shard = sorted(tmp_path.glob("model-*"))[0]
     content = shard.read_bytes()
     shard.unlink()
