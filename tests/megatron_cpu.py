@@ -82,7 +82,7 @@ def install() -> None:
 
     def type_(self: torch.Tensor, *args: Any, **options: Any) -> Any:
         name = plain_type(self, *args, **options)  # clipping asserts that gradients are torch.cuda.FloatTensor
-        return name if args or options else name.replace("torch.", "torch.cuda.", 1)
+        return name if args or options or "cuda" in name else name.replace("torch.", "torch.cuda.", 1)
 
     torch.Tensor.type = type_  # type: ignore[method-assign]
     _OnCpu().__enter__()

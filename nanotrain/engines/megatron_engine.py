@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import batched, groupby
+from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
+from nanotrain.checkpoint.hf_folder import iterate_tensors, save_state_dict
 from nanotrain.checkpoint.provenance import Provenance
 from nanotrain.config.engine import EngineConfig
 from nanotrain.config.errors import UserError
@@ -25,7 +27,8 @@ from nanotrain.config.training import TrainingConfig
 from nanotrain.engines.base import Engine, StateWriter, StepResult
 from nanotrain.engines.megatron_batch import LocalBatch, SequenceSplit, localize, unpad
 from nanotrain.engines.megatron_limits import OWN_KERNELS, choose_dtype, require_device, require_supported
-from nanotrain.engines.megatron_model import build_root, transformer_config
+from nanotrain.engines.megatron_model import build_root, restore, snapshot, transformer_config
+from nanotrain.engines.megatron_weights import Export, Place, fill, initialise, load
 from nanotrain.engines.torch_device import choose_device, set_threads
 from nanotrain.losses.base import LossFn, LossOutput
 from nanotrain.model.batch import MicroBatch
@@ -33,7 +36,9 @@ from nanotrain.model.head import HeadWeight
 from nanotrain.model.hybrid import HybridModel
 from nanotrain.ops.backends import choose_kernels
 from nanotrain.ops.linear_cross_entropy import token_log_probabilities
-from nanotrain.runtime.distributed import start_ranks
+from nanotrain.planning.parameters import tensor_shapes
+from nanotrain.planning.pipeline_stages import stage_layers
+from nanotrain.runtime.distributed import from_first, start_ranks, wait_for_all
 from nanotrain.runtime.logging import log_once
 
 DEVICE_TYPES = {"cuda"}
@@ -66,8 +71,16 @@ class MegatronEngine(Engine):
         else:
             training.validate_batch("stage.training", self.dp_size)
             self._build_optimizer(training, dtype)
+        self._parameters = dict(self._root.named_parameters())
+        self._place = Place(
+            model.config,
+            stage_layers(model.config.num_hidden_layers, config.megatron),
+            parallel_state.get_pipeline_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_rank(),
+            config.megatron.tensor_parallel,
+        )
         if not any(parameter.is_meta for parameter in model.parameters()):
-            self._fill(model.state_dict())
+            fill(self._place, model.state_dict(), self._assign)
         log_once(f"engine megatron: {self._describe()}, parameters in {str(dtype).removeprefix('torch.')}")
 
     def _start_parallel(self, config: EngineConfig) -> None:
@@ -120,7 +133,7 @@ class MegatronEngine(Engine):
             self._root,
         )
         optimizer = training.optimizer
-        self._clip = optimizer.gradient_clip
+        self._clip, self._weight_decay = optimizer.gradient_clip, optimizer.weight_decay
         self._optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -144,12 +157,13 @@ class MegatronEngine(Engine):
 
     def train_step(self, microbatches: Sequence[MicroBatch], loss_fn: LossFn, learning_rate: float) -> StepResult:
         assert self._optimizer is not None, "this engine was built without `training`"
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+        for group in self._optimizer.param_groups:  # what Megatron's own scheduler would do
+            group["lr"], group["weight_decay"] = learning_rate, self._weight_decay * group["wd_mult"]
         self._model.zero_grad_buffer()
         self._optimizer.zero_grad()
-        outputs = self._run(microbatches, loss_fn, forward_only=False)
-        totals = self._totals(outputs, self._count(microbatches, loss_fn))
+        counts = self._counts(microbatches, loss_fn)
+        outputs = self._run(microbatches, counts, loss_fn, forward_only=False)
+        totals = self._totals(outputs, sum(counts))
         grad_norm, skipped = self._update(totals.loss)
         return StepResult(totals.loss, grad_norm, totals.num_tokens, skipped, totals.metrics)
 
@@ -169,18 +183,17 @@ class MegatronEngine(Engine):
         self._optimizer.step_with_ready_grads()
         return grad_norm, False
 
-    def _count(self, microbatches: Iterable[MicroBatch], loss_fn: LossFn) -> int:
-        """Return what counts in this rank's whole micro-batches; one of the ranks that share a sequence counts it."""
-        count = sum(int(loss_fn.denominator(batch)) for batch in microbatches)
-        return count if self._split.context_rank == 0 else 0
+    def _counts(self, microbatches: Iterable[MicroBatch], loss_fn: LossFn) -> list[int]:
+        """Return what counts in each whole micro-batch; one of the ranks that share a sequence counts it."""
+        if self._split.context_rank > 0:
+            return [0 for _ in microbatches]
+        return [int(loss_fn.denominator(batch)) for batch in microbatches]
 
     def _run(
-        self, microbatches: Sequence[MicroBatch], loss_fn: LossFn | None, *, forward_only: bool
+        self, microbatches: Sequence[MicroBatch], counts: Sequence[int], loss_fn: LossFn | None, *, forward_only: bool
     ) -> list[LossOutput | Tensor]:
         """Put micro-batches through the pipeline; return what each came to, on the last stage (elsewhere nothing)."""
         local = localize(microbatches, self._split)
-        first_of_sequence = self._split.context_rank == 0
-        counts = [int(loss_fn.denominator(batch)) if loss_fn and first_of_sequence else 0 for batch in microbatches]
 
         def step(batches: Iterator[tuple[LocalBatch, int]], model: torch.nn.Module) -> tuple[Any, Any]:
             batch, count = next(batches)
@@ -235,11 +248,13 @@ class MegatronEngine(Engine):
         outputs: list[LossOutput | Tensor] = []
         count = 0
         with self._eval_mode():
-            for together in batched(microbatches, EVALUATED_AT_ONCE, strict=False):
+            remaining = iter(microbatches)
+            while together := list(islice(remaining, EVALUATED_AT_ONCE)):
                 for _, alike in groupby(together, key=lambda batch: batch.input_ids.shape):
                     group = list(alike)
-                    count += self._count(group, loss_fn)
-                    outputs += self._run(group, loss_fn, forward_only=True)
+                    counts = self._counts(group, loss_fn)
+                    count += sum(counts)
+                    outputs += self._run(group, counts, loss_fn, forward_only=True)
         totals = self._totals(outputs, count)
         return {**totals.metrics, "loss": totals.loss, "num_tokens": totals.num_tokens}
 
@@ -249,7 +264,7 @@ class MegatronEngine(Engine):
         with self._eval_mode():
             for _, alike in groupby(microbatches, key=lambda batch: batch.input_ids.shape):
                 group = list(alike)
-                outputs = self._run(group, None, forward_only=True)
+                outputs = self._run(group, [0] * len(group), None, forward_only=True)
                 if self._is_last_stage:
                     found += [unpad(self._whole_rows(h), b) for h, b in zip(outputs, group, strict=True)]
                 else:
@@ -286,6 +301,99 @@ class MegatronEngine(Engine):
             dist.broadcast(scores, src=last, group=self._pp_group)
         return scores
 
+    def init_weights(self, seed: int) -> None:
+        initialise(self._place, seed, self._assign)
+        self._weights_changed()
+
+    def load_hf(self, folder: Path) -> None:
+        load(self._place, folder, self._assign)
+        self._weights_changed()
+
+    def save_hf(
+        self,
+        folder: Path,
+        *,
+        dtype: torch.dtype | None = None,
+        tokenizer_from: Path | None = None,
+        provenance: Provenance | None = None,
+    ) -> None:
+        export = self._export()
+        if dist.get_rank() == 0:
+            shapes = tensor_shapes(self.model_config)
+            save_state_dict(
+                {name: torch.empty(shape, device="meta") for name, shape in shapes.items()},
+                self.model_config,
+                folder,
+                dtype=dtype,
+                tokenizer_from=tokenizer_from,
+                provenance=provenance,
+                gather=export.tensor,
+            )
+        else:
+            for name in tensor_shapes(self.model_config):
+                export.tensor(name)
+        wait_for_all()
+
+    def first_difference(self, folder: Path) -> str | None:
+        export, found = self._export(), None
+        stored = dict(iterate_tensors(folder)) if dist.get_rank() == 0 else {}  # mapped files, not memory
+        for name in tensor_shapes(self.model_config):
+            tensor = export.tensor(name)
+            if tensor is not None and found is None and not tensor.equal(stored[name]):
+                found = name
+        return from_first(found)
+
+    def _export(self) -> Export:
+        return Export(self._place, self._whole, has_first_copy=dist.get_rank(self._dp_cp_group) == 0)
+
+    @torch.no_grad()
+    def _assign(self, name: str, value: Tensor) -> None:
+        """Set a parameter and, where it is narrower than fp32, this rank's part of its fp32 master."""
+        parameter = self._parameters[name]
+        parameter.copy_(value)
+        master = self._master(parameter)
+        if master is not None:
+            master.values.copy_(value.flatten()[master.start : master.start + master.values.numel()])
+
+    @torch.no_grad()
+    def _whole(self, name: str) -> Tensor:
+        """Return a parameter in fp32 on the CPU: the master where there is one."""
+        parameter = self._parameters[name]
+        if self._optimizer is None or not hasattr(parameter, "main_param"):
+            return parameter.detach().to("cpu", torch.float32).contiguous()
+        whole = torch.zeros(parameter.shape, device=self.device)
+        master = self._master(parameter)
+        if master is not None:
+            whole.view(-1)[master.start : master.start + master.values.numel()] = master.values
+        if master is None or master.sharded:
+            dist.all_reduce(whole, group=self._dp_cp_group)
+        return whole.cpu()
+
+    def _master(self, parameter: Tensor) -> "_Master | None":
+        """Return this rank's part of a parameter's fp32 master; None where there is none on this rank."""
+        values = getattr(parameter, "main_param", None)
+        if self._optimizer is None or values is None:
+            return None
+        if not getattr(parameter, "main_param_sharded", False):
+            return _Master(values.view(-1), 0, False)
+        for optimizer in self._optimizer.chained_optimizers:
+            if parameter in optimizer.model_param_gbuf_map:
+                return _Master(values, optimizer._get_model_param_range_map(parameter)["param"].start, True)
+        raise AssertionError("a master without a place in the distributed optimizer")
+
+    def _weights_changed(self) -> None:
+        """Let every rank start from the same weights, and FP8 weights from the masters."""
+        if self._config.fp8_param and self._optimizer is not None:
+            self._optimizer.reload_model_params()
+
+    def snapshot_state(self) -> StateWriter:
+        assert self._optimizer is not None, "only a training engine has a state to resume from"
+        return snapshot(self._root, self._optimizer, self._dp_cp_group)
+
+    def load_state(self, folder: Path) -> None:
+        assert self._optimizer is not None, "only a training engine can resume"
+        restore(self._root, self._optimizer, self._dp_cp_group, folder)
+
     @contextmanager
     def inference_model(self) -> Iterator[HybridModel]:
         raise UserError(
@@ -309,6 +417,15 @@ def _detached(output: LossOutput | Tensor) -> LossOutput | Tensor:
         metrics = {name: (total.detach(), count.detach()) for name, (total, count) in output.metrics.items()}
         return LossOutput(output.loss_sum.detach(), metrics)
     return output.detach()
+
+
+@dataclass(frozen=True)
+class _Master:
+    """A flat part of a parameter's fp32 master, from the element `start` on."""
+
+    values: Tensor
+    start: int
+    sharded: bool
 
 
 class _Totals:

@@ -121,7 +121,6 @@ class TorchMambaMixer(MambaMixer):
     def __init__(
         self,
         config: TransformerConfig,
-        submodules: Any,
         d_model: int,
         *,
         chunk_size: int,
@@ -129,7 +128,7 @@ class TorchMambaMixer(MambaMixer):
         pg_collection: Any,
         **unused: Any,
     ) -> None:
-        del submodules, unused
+        del unused
         MegatronModule.__init__(self, config)  # not MambaMixer's, which needs mamba-ssm
         tp = pg_collection.tp.size()
         self.tp_group = pg_collection.tp

@@ -2,14 +2,18 @@
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.activations import squared_relu
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.activations import squared_relu as fused_squared_relu
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
@@ -22,10 +26,12 @@ from torch import Tensor, nn
 from nanotrain.config.engine import FP8_PRECISIONS, EngineConfig
 from nanotrain.config.megatron import Recompute
 from nanotrain.config.model import ModelConfig
+from nanotrain.engines.base import StateWriter
 from nanotrain.engines.megatron_batch import LocalBatch
 from nanotrain.engines.megatron_layers import torch_stack_spec
 from nanotrain.losses.base import LossFn, LossOutput
 from nanotrain.model.head import HeadWeight, OutputHead
+from nanotrain.ops.squared_relu import squared_relu
 from nanotrain.ops.vocab_shard import VocabShard
 from nanotrain.planning.parameters import FP32_TENSORS
 from nanotrain.planning.pipeline_stages import padded_vocab_size, stage_layers
@@ -56,7 +62,7 @@ def transformer_config(
         mamba_num_groups=model.n_groups,
         mamba_state_dim=model.ssm_state_size,
         is_hybrid_model=True,
-        activation_func=squared_relu,
+        activation_func=fused_squared_relu if on_gpu else squared_relu,
         add_bias_linear=False,
         normalization="RMSNorm",
         layernorm_epsilon=model.layer_norm_epsilon,
@@ -206,3 +212,44 @@ def _stock_spec(model: ModelConfig) -> ModuleSpec:
     mixer = spec.submodules.mamba_layer.submodules.mixer
     mixer.params = {"chunk_size": model.chunk_size, "d_conv": model.conv_kernel}
     return spec
+
+
+def snapshot(root: MegatronRoot, optimizer: MegatronOptimizer, dp_cp_group: dist.ProcessGroup) -> StateWriter:
+    """Copy weights and optimizer states to host memory and return what writes them with dist_checkpointing.
+
+    The tensors are described by where they lie in the whole model, so that any other layout can read them.
+    """
+    state = _sharded_state(root, optimizer, dp_cp_group, is_loading=False)
+    for sharded in nested_values(state):
+        if isinstance(sharded, ShardedTensor | ShardedTensorFactory) and isinstance(sharded.data, Tensor):
+            sharded.data = torch.empty_like(sharded.data, device="cpu").copy_(sharded.data.detach())
+
+    def write(folder: Path) -> None:
+        dist_checkpointing.save(state, str(folder))
+
+    return write
+
+
+def restore(
+    root: MegatronRoot, optimizer: MegatronOptimizer, dp_cp_group: dist.ProcessGroup, folder: Path
+) -> None:
+    """Read what `snapshot` wrote under this or another layout."""
+    with torch.no_grad():
+        state = dist_checkpointing.load(
+            _sharded_state(root, optimizer, dp_cp_group, is_loading=True), str(folder)
+        )
+        root.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+
+
+def _sharded_state(
+    root: MegatronRoot, optimizer: MegatronOptimizer, dp_cp_group: dist.ProcessGroup, *, is_loading: bool
+) -> dict[str, Any]:
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": dp_cp_group,
+    }
+    model = root.sharded_state_dict(metadata=metadata)
+    return {"model": model, "optimizer": optimizer.sharded_state_dict(model, is_loading, metadata=metadata)}
