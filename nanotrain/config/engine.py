@@ -4,12 +4,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from nanotrain.config.errors import UserError
+from nanotrain.config.megatron import MegatronConfig
 from nanotrain.config.model import ATTENTION, MAMBA, MLP
 from nanotrain.config.parallel import DataParallel, DeepSpeedConfig, Fsdp2Config, check_parallel_keys
 
 
 class EngineKind(str, Enum):
     torch = "torch"
+    megatron = "megatron"
     deepspeed = "deepspeed"
 
 
@@ -122,6 +124,8 @@ class EngineConfig:
     """Trades time for memory; gradients stay the same bit for bit."""
     threads: int = 0
     """CPU threads of torch; 0 = torch's own choice."""
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
+    """kind=megatron only."""
     data_parallel: DataParallel = DataParallel.auto
     """kind=torch on several ranks: ddp = every rank holds the whole model, fsdp2 = weights, gradients and optimizer states
     are divided over the ranks. auto = ddp where there are several ranks."""
@@ -133,6 +137,12 @@ class EngineConfig:
     def validate(self, path: str) -> None:
         if self.threads < 0:
             raise UserError(f"`{path}.threads` ({self.threads}) must not be negative; 0 leaves the choice to torch.")
+        self.megatron.validate(f"{path}.megatron")
+        if self.kind is not EngineKind.megatron and self.megatron != MegatronConfig():
+            raise UserError(
+                f"`{path}.megatron` belongs to `{path}.kind` (megatron) and would be ignored by {self.kind.value}; remove"
+                " it, or choose engine=megatron."
+            )
         check_parallel_keys(path, self.kind.value, self.data_parallel, self.fsdp2, self.deepspeed)
         for name in ("fp8_bf16_first_layers", "fp8_bf16_last_layers"):
             if self.__dict__[name] < 0:
