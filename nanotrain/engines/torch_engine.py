@@ -23,16 +23,16 @@ from nanotrain.engines.optimizer_in_backward import OptimizerInBackward
 from nanotrain.engines.out_of_memory import OutOfMemoryAdvice
 from nanotrain.engines.parameters import global_norm, parameter_dtype, place_model, weight_copies_of
 from nanotrain.engines.precision import apply_precision
-from nanotrain.engines.root import TrainingRoot
+from nanotrain.engines.root import TrainingRoot, label_log_probabilities
 from nanotrain.engines.torch_device import prepare_device
 from nanotrain.engines.torch_state import copy_rows_of, local_rows, restore, snapshot, whole_tensor
 from nanotrain.losses.base import LossFn
 from nanotrain.losses.language_modeling import CrossEntropy
 from nanotrain.model.batch import MicroBatch
-from nanotrain.model.head import HeadWeight, OutputHead
+from nanotrain.model.head import HeadWeight
 from nanotrain.model.hybrid import HybridModel
+from nanotrain.model.initialization import init_weights
 from nanotrain.ops.backends import choose_kernels
-from nanotrain.ops.linear_cross_entropy import token_log_probabilities
 from nanotrain.optim.adamw import build_adamw
 from nanotrain.optim.low_precision_adamw import LowPrecisionAdamW
 from nanotrain.planning.parameters import tensor_shapes
@@ -186,7 +186,7 @@ class TorchEngine(Engine):
     @torch.no_grad()
     def logprobs(self, batch: MicroBatch) -> Tensor:
         with self._evaluating():
-            return self._root(batch.to(self.device), _label_log_probabilities)
+            return self._root(batch.to(self.device), label_log_probabilities)
 
     @contextmanager
     def inference_model(self) -> Iterator[HybridModel]:
@@ -194,7 +194,7 @@ class TorchEngine(Engine):
             yield self._model
 
     def init_weights(self, seed: int) -> None:
-        self._model.init_weights(seed, copy_rows_of)
+        init_weights(self._model, self.model_config, seed, copy_rows_of)
         self._drop_weight_copies()
 
     def load_hf(self, folder: Path) -> None:
@@ -269,7 +269,3 @@ class TorchEngine(Engine):
             yield
         finally:
             self._model.train(training)
-
-
-def _label_log_probabilities(head: OutputHead, batch: MicroBatch) -> Tensor:
-    return token_log_probabilities(head.hidden_states, head.weight, batch.labels, vocab_shard=head.vocab_shard)

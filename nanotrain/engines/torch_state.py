@@ -52,14 +52,12 @@ def snapshot(model: HybridModel, optimizer: AnyAdamW, world: World, device: torc
                 rows[f"{_OPTIMIZER}{name}/{field}"] = _host_rows(value)
         if isinstance(optimizer, LowPrecisionAdamW):
             rows[_NUM_STEPS] = whole(torch.tensor(optimizer.param_groups[0]["num_steps"]))
-    random = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        random["cuda"] = torch.cuda.get_rng_state(device)
+    write_random = snapshot_random(world, device)
 
     def write(folder: Path) -> None:
         if rows:
             write_rows(folder / f"tensors-{world.rank:05d}.safetensors", rows)
-        save_file(random, _random_file(folder, world.rank))
+        write_random(folder)
 
     return write
 
@@ -67,8 +65,6 @@ def snapshot(model: HybridModel, optimizer: AnyAdamW, world: World, device: torc
 @torch.no_grad()
 def restore(folder: Path, model: HybridModel, optimizer: AnyAdamW, world: World, device: torch.device) -> None:
     """Read this rank's part of what all ranks of a `snapshot` wrote, however many they were.
-
-    Random states belong to ranks: on another number of them they stay as the run's seed made them.
 
     Raises:
         UserError: the state is of another model, or incomplete.
@@ -92,11 +88,25 @@ def restore(folder: Path, model: HybridModel, optimizer: AnyAdamW, world: World,
         stored.read_into(_NUM_STEPS, num_steps)
         for group in optimizer.param_groups:
             group["num_steps"] = int(num_steps)
-    if len(list(folder.glob("random-*.safetensors"))) == world.size:
-        random = load_file(_random_file(folder, world.rank))
-        torch.set_rng_state(random["cpu"])
-        if device.type == "cuda" and "cuda" in random:
-            torch.cuda.set_rng_state(random["cuda"], device)
+    restore_random(folder, world, device)
+
+
+def snapshot_random(world: World, device: torch.device) -> StateWriter:
+    """Copy this rank's random states and return what writes them."""
+    random = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        random["cuda"] = torch.cuda.get_rng_state(device)
+    return lambda folder: save_file(random, _random_file(folder, world.rank))
+
+
+def restore_random(folder: Path, world: World, device: torch.device) -> None:
+    """Read this rank's random states; on another number of ranks they stay as the run's seed made them."""
+    if len(list(folder.glob("random-*.safetensors"))) != world.size:
+        return
+    random = load_file(_random_file(folder, world.rank))
+    torch.set_rng_state(random["cpu"])
+    if device.type == "cuda" and "cuda" in random:
+        torch.cuda.set_rng_state(random["cuda"], device)
 
 
 def _random_file(folder: Path, rank: int) -> Path:
