@@ -97,7 +97,13 @@ class DeepSpeedEngine(Engine):
             # it has recorded the order of all weights, and refuse the next one.
             deepspeed.zero.register_external_parameter(root, self._model.output_weight())
 
-    def train_step(self, microbatches: Sequence[MicroBatch], loss_fn: LossFn, learning_rate: float) -> StepResult:
+    def train_step(
+        self,
+        microbatches: Sequence[MicroBatch],
+        loss_fn: LossFn,
+        learning_rate: float,
+        max_loss: float = math.inf,
+    ) -> StepResult:
         assert self._optimizer is not None, "this engine was built without `training`"
         assert len(microbatches) == self._zero.gradient_accumulation_steps(), "DeepSpeed counts micro-batches itself"
         num_tokens = sum_count(sum(int(loss_fn.denominator(batch)) for batch in microbatches), self._world)
@@ -112,11 +118,12 @@ class DeepSpeedEngine(Engine):
                 self._zero.backward(output.loss_sum * self.dp_size / max(num_tokens, 1), scale_wrt_gas=False)
                 if number == len(microbatches):
                     sums.reduce(self._world)
-                    self._optimizer.allowed = _WhenFinite(sums.loss_sum, self._zero.optimizer)
+                    small = sums.loss_sum / max(num_tokens, 1) <= max_loss
+                    self._optimizer.allowed = _WhenFinite(sums.loss_sum if small else math.inf, self._zero.optimizer)
                 self._zero.step()
         grad_norm = float(self._zero.optimizer._global_grad_norm)
         loss = sums.loss_sum / max(num_tokens, 1)
-        skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
+        skipped = not (math.isfinite(loss) and loss <= max_loss and math.isfinite(grad_norm))
         return StepResult(loss, grad_norm, num_tokens, skipped, sums.metrics())
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nanotrain.checkpoint.hf_folder import iterate_tensors, save_state_dict
+from nanotrain.checkpoint.host_snapshot import HostSnapshot
 from nanotrain.checkpoint.provenance import Provenance
 from nanotrain.config.engine import EngineConfig
 from nanotrain.config.errors import UserError
@@ -55,6 +56,7 @@ class TorchEngine(Engine):
         self.dp_rank, self.dp_size = self._world.rank, self._world.size
         self.num_devices = self._world.size
         self.device, self._autocast_dtype = prepare_device(config)
+        self._host = HostSnapshot(self.device)
         self.model_config = model.config
         choose_kernels(config.kernels.choices(), self.device)
         self._weight_copies = apply_precision(model, config, self.device, self._autocast_dtype)
@@ -129,6 +131,7 @@ class TorchEngine(Engine):
                     with self._autocast():
                         output = self._trained(batch.to(self.device), loss_fn)
                     if self._in_backward is not None:
+                        self._host.hold_updates()
                         self._in_backward.begin(output.loss_sum)
                     # Ranks average their gradients, hence the factor.
                     (output.loss_sum * self.dp_size / max(num_tokens, 1)).backward()
@@ -158,6 +161,7 @@ class TorchEngine(Engine):
         if not skipped:
             if self._clip > 0:
                 self._clip_gradients(norm)
+            self._host.hold_updates()
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return grad_norm, skipped
@@ -253,7 +257,7 @@ class TorchEngine(Engine):
 
     def snapshot_state(self) -> StateWriter:
         assert self._optimizer is not None, "only a training engine has a state to resume from"
-        return snapshot(self._model, self._optimizer, self._world, self.device)
+        return snapshot(self._model, self._optimizer, self._world, self.device, self._host)
 
     def load_state(self, folder: Path) -> None:
         assert self._optimizer is not None, "only a training engine can resume"

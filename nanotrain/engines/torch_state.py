@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from nanotrain.checkpoint.host_snapshot import HostSnapshot
 from nanotrain.checkpoint.row_shards import RowFiles, Rows, whole, write_rows
 from nanotrain.engines.base import StateWriter
 from nanotrain.model.hybrid import HybridModel
@@ -41,20 +42,26 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def snapshot(model: HybridModel, optimizer: AnyAdamW, world: World, device: torch.device) -> StateWriter:
+def snapshot(
+    model: HybridModel, optimizer: AnyAdamW, world: World, device: torch.device, host: HostSnapshot
+) -> StateWriter:
     """Copy this rank's part to host memory and return what writes it; ranks with equal copies leave it to the first."""
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    rows = {}
+    tensors = {}
     if sharded or world.is_first:
         for name, parameter in model.named_parameters():
-            rows[_WEIGHTS + name] = _host_rows(parameter)
+            tensors[_WEIGHTS + name] = parameter
             for field, value in optimizer.state[parameter].items():
-                rows[f"{_OPTIMIZER}{name}/{field}"] = _host_rows(value)
-        if isinstance(optimizer, LowPrecisionAdamW):
-            rows[_NUM_STEPS] = whole(torch.tensor(optimizer.param_groups[0]["num_steps"]))
+                tensors[f"{_OPTIMIZER}{name}/{field}"] = value
+    places = {name: (local_rows(tensor), tensor.shape[0] if tensor.ndim else 1) for name, tensor in tensors.items()}
+    copies = host.take({name: local for name, ((local, _), _) in places.items()})
+    rows = {name: Rows(copies[name], first, total) for name, ((_, first), total) in places.items()}
+    if rows and isinstance(optimizer, LowPrecisionAdamW):
+        rows[_NUM_STEPS] = whole(torch.tensor(optimizer.param_groups[0]["num_steps"]))
     write_random = snapshot_random(world, device)
 
     def write(folder: Path) -> None:
+        host.wait()
         if rows:
             write_rows(folder / f"tensors-{world.rank:05d}.safetensors", rows)
         write_random(folder)
@@ -111,13 +118,6 @@ def restore_random(folder: Path, world: World, device: torch.device) -> None:
 
 def _random_file(folder: Path, rank: int) -> Path:
     return folder / f"random-{rank:05d}.safetensors"
-
-
-def _host_rows(tensor: Tensor) -> Rows:
-    """Return this rank's rows as a contiguous copy in host memory, of its own even where the tensor is there already."""
-    rows, first = local_rows(tensor)
-    copy = torch.empty(rows.shape, dtype=rows.dtype, device="cpu").copy_(rows)
-    return Rows(copy, first, tensor.shape[0] if tensor.ndim else 1)
 
 
 def _read_rows(stored: RowFiles, name: str, tensor: Tensor) -> None:
