@@ -19,6 +19,7 @@ from nanotrain.config.engine import EngineConfig
 from nanotrain.config.errors import UserError
 from nanotrain.config.training import TrainingConfig
 from nanotrain.engines.base import Engine, StateWriter, StepResult
+from nanotrain.engines.collective_waits import CollectiveWaits
 from nanotrain.engines.data_parallel import LossSums, sum_count
 from nanotrain.engines.optimizer_in_backward import OptimizerInBackward
 from nanotrain.engines.out_of_memory import OutOfMemoryAdvice
@@ -64,6 +65,7 @@ class TorchEngine(Engine):
         self._optimizer: torch.optim.AdamW | LowPrecisionAdamW | None = None
         self._in_backward: OptimizerInBackward | None = None
         self._rehearsed = False
+        self._waits = CollectiveWaits(None, self.device)
         with self._advice:
             self._model = model
             self._root = self._build_root(config, training)
@@ -105,6 +107,7 @@ class TorchEngine(Engine):
         output.loss_sum.backward()
         self._trained.zero_grad(set_to_none=True)
         self._drop_weight_copies()
+        self._waits = CollectiveWaits(self._trained, self.device)
 
     def train_step(
         self,
@@ -118,7 +121,9 @@ class TorchEngine(Engine):
             "the optimizer in the backward pass cannot accumulate"
         )
         # Counted where the loader left the labels, before the first forward: the device is not waited for.
-        num_tokens = sum_count(sum(int(loss_fn.denominator(batch)) for batch in microbatches), self._world)
+        count = sum(int(loss_fn.denominator(batch)) for batch in microbatches)
+        with self._waits.on_host():
+            num_tokens = sum_count(count, self._world)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         sums = LossSums()
@@ -136,7 +141,8 @@ class TorchEngine(Engine):
                     # Ranks average their gradients, hence the factor.
                     (output.loss_sum * self.dp_size / max(num_tokens, 1)).backward()
                 sums.add(output)
-            sums.reduce(self._world)
+            with self._waits.on_device():
+                sums.reduce(self._world)
             if self._in_backward is not None:
                 grad_norm, skipped = self._in_backward.finish()
                 loss = sums.loss_sum / max(num_tokens, 1)
@@ -145,6 +151,7 @@ class TorchEngine(Engine):
                 loss = sums.loss_sum / max(num_tokens, 1)  # the one wait for the device
                 grad_norm, skipped = self._update(loss, norm, max_loss)
         self._drop_weight_copies()
+        self.communication_seconds = self._waits.take()
         return StepResult(loss, grad_norm, num_tokens, skipped, sums.metrics())
 
     def _rehearse(self, batch: MicroBatch, loss_fn: LossFn) -> None:
