@@ -1,4 +1,4 @@
-"""The command line: `nanotrain run | report | chat | export`.
+"""The command line: `nanotrain run | submit | report | chat | export`.
 
 Help comes in a blink: PyTorch and Hydra are imported by the command that needs them.
 Exit codes: 0 done, 1 our defect (with its traceback), 2 the user can mend it (one sentence), 75 preempted and saved.
@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanotrain.config.errors import UserError
-from nanotrain.runtime.distributed import OtherRankFailed, current_world, is_first_to_say, on_first, start_ranks
+from nanotrain.runtime.distributed import (
+    OtherRankFailed,
+    ToldMistake,
+    current_world,
+    is_first_to_say,
+    on_first,
+    start_ranks,
+)
 from nanotrain.runtime.offline import stay_offline
 from nanotrain.runtime.signals import Preempted, Terminated, terminate
 
@@ -25,6 +32,7 @@ EXIT_DEFECT = 1
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
+DEFAULT_CHECK_STEPS = 6
 
 _RUN_EPILOG = """\
 overrides are Hydra's: key=value, +key=value, ~key, group=choice, lists [a,b], mappings {a:1}.
@@ -49,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code: int = options.command(options)
     except UserError as error:
-        if is_first_to_say(str(error)):
+        if not isinstance(error, ToldMistake) and is_first_to_say(str(error)):
             print(f"nanotrain: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except OtherRankFailed:
@@ -83,11 +91,27 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ENTRY",
         help="make stale products again; with ENTRY, make that one again even if it is up to date",
     )
+    run.add_argument("--only", metavar="ENTRY", help="run this entry of a pipeline alone, on what those before it left")
+    run.add_argument(
+        "--resume-check",
+        nargs="?",
+        const=DEFAULT_CHECK_STEPS,
+        type=int,
+        metavar="STEPS",
+        help=f"prove on your own recipe, in a scratch folder, that a training cut in the middle of so many steps"
+        f" (default: {DEFAULT_CHECK_STEPS}) and resumed equals one that was not",
+    )
     run.add_argument("--cfg", action="store_true", help="print the composed recipe and stop")
     run.add_argument(
         "-m", "--multirun", action="store_true", help="expand a=1,2 range() choice() into runs, one after the other"
     )
     run.set_defaults(command=_run)
+
+    submit = commands.add_parser("submit", help="submit a recipe to SLURM as a chain of jobs, one an entry")
+    submit.add_argument("recipe", metavar="RECIPE", help="YAML file; `cluster` in it says what to ask for")
+    submit.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    submit.add_argument("--dry-run", action="store_true", help="print the batch scripts and stop")
+    submit.set_defaults(command=_submit)
 
     report = commands.add_parser("report", help="write report.html and report.json of a run again")
     report.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="output folder of a run, such as runs/quickstart")
@@ -118,11 +142,12 @@ def _non_negative(text: str) -> int:
 
 
 def _flags_first(argv: list[str]) -> list[str]:
-    """Let the flags of `run` stand anywhere between the overrides, which argparse alone does not.
+    """Let the flags of `run` and `submit` stand anywhere between the overrides, which argparse alone does not.
 
-    `--force` takes the word after it only if that can be an entry's name: not an override, a flag or a recipe.
+    `--force` takes the word after it only if that can be an entry's name: not an override, a flag or a recipe; `--only`
+    takes any, and `--resume-check` a number.
     """
-    if not argv or argv[0] != "run":
+    if not argv or argv[0] not in ("run", "submit"):
         return argv
     flags, positionals = [], []
     words = iter(argv[1:])
@@ -131,11 +156,15 @@ def _flags_first(argv: list[str]) -> list[str]:
             positionals += list(words)
         elif word == "--force":
             flags.append(word)
+        elif word == "--only":
+            flags.append(f"--only={next(words, '')}")
+        elif flags and flags[-1] == "--resume-check" and word.isdecimal():
+            flags[-1] = f"--resume-check={word}"
         elif flags and flags[-1] == "--force" and word is not argv[0] and re.fullmatch(r"[A-Za-z0-9][\w-]*", word):
             flags[-1] = f"--force={word}"
         else:
             (flags if word.startswith("-") and word != "-" else positionals).append(word)
-    return ["run", *flags, "--", *positionals]
+    return [argv[0], *flags, "--", *positionals]
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -146,7 +175,7 @@ def _run(options: argparse.Namespace) -> int:
         return _run_recipes(options)
     except (Preempted, Terminated, KeyboardInterrupt) as stop:
         reason = str(stop) or "stopped; finished work is saved, and the same command continues."
-        if is_first_to_say(reason):
+        if current_world().is_first:  # all ranks stop together
             print(f"nanotrain: {reason}", file=sys.stderr)
         return EXIT_PREEMPTED
     finally:
@@ -161,7 +190,9 @@ def _run_recipes(options: argparse.Namespace) -> int:
             print("\n---\n".join(recipe.to_yaml().rstrip() for recipe in recipes))
         return 0
     for recipe in recipes:
-        _run_one(recipe, True if options.force == "" else options.force or False)
+        code = _run_one(recipe, options)
+        if code:
+            return code
     return 0
 
 
@@ -183,14 +214,36 @@ def _with_suffix(recipe: "LoadedRecipe", options: argparse.Namespace, job: Any) 
     return load_recipe(options.recipe, [*job.overrides, f"name='{name}'", f"output_dir='{quoted}'"])
 
 
-def _run_one(recipe: "LoadedRecipe", force: bool | str) -> None:
+def _run_one(recipe: "LoadedRecipe", options: argparse.Namespace) -> int:
+    from nanotrain.pipeline.resume_check import check_resume
     from nanotrain.pipeline.run import run_pipeline
     from nanotrain.runtime.logging import set_up_logging
 
     set_up_logging(rank=current_world().rank)
-    run_pipeline(recipe, _stages, report=_build_report, force=force)
+    if options.resume_check is not None:
+        differences = check_resume(recipe, _stages, steps=options.resume_check, only=options.only)
+        for line in differences if current_world().is_first else ():
+            print(line)
+        return EXIT_DEFECT if any(" differ" in line for line in differences) else 0
+    force = True if options.force == "" else options.force or False
+    run_pipeline(recipe, _stages, report=_build_report, force=force, only=options.only)
     if current_world().is_first:
         print(recipe.output_dir / "report.html")
+    return 0
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from nanotrain.config.load import load_recipe
+    from nanotrain.pipeline.slurm import build_jobs, submit
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    jobs = build_jobs(recipe, options.recipe, options.overrides)
+    if options.dry_run:
+        print("\n".join(job.script for job in jobs), end="")
+        return 0
+    for job, number in zip(jobs, submit(recipe, jobs), strict=True):
+        print(f"{job.entry}: job {number}")
+    return 0
 
 
 def _stages() -> Mapping[type["StageConfig"], Callable[..., Path]]:

@@ -1,8 +1,10 @@
 """Chooses the engine; each is imported only when it is asked for, because each pulls in its own framework."""
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from nanotrain.config.engine import EngineConfig
+from nanotrain.config.engine import EngineConfig, EngineKind
+from nanotrain.config.errors import UserError
 from nanotrain.config.parallel import DataParallel
 from nanotrain.config.training import TrainingConfig
 
@@ -28,6 +30,19 @@ def build_engine(config: EngineConfig, model: "HybridModel", training: TrainingC
 
     world = start_ranks()
     require_ranks(config, world)
+    if config.kind is EngineKind.deepspeed and (training is not None or config.deepspeed.zero_stage == 3):
+        if find_spec("deepspeed") is None:
+            raise UserError("`engine.kind` (deepspeed) needs DeepSpeed: pip install 'nanotrain[deepspeed]'.")
+        from nanotrain.engines.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, model, training, world)
+    if config.kind is EngineKind.megatron:
+        from nanotrain.engines.megatron_limits import require_megatron
+
+        require_megatron()
+        from nanotrain.engines.megatron_engine import MegatronEngine
+
+        return MegatronEngine(config, model, training)
     if world.size > 1 and config.data_parallel is DataParallel.fsdp2:
         from nanotrain.engines.torch_parallel import Fsdp2Engine
 

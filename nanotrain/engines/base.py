@@ -136,7 +136,11 @@ class Engine(ABC):
 
     @abstractmethod
     def snapshot_state(self) -> StateWriter:
-        """Copy weights, optimizer and random states to host memory and return what writes them; for resume only."""
+        """Copy weights, optimizer and random states to host memory and return what writes them; for resume only.
+
+        One at a time: the writer is through before the next snapshot, which may use its memory again. On a GPU the copies
+        may still be under way; the engine holds its next update until they are whole (checkpoint/host_snapshot.py).
+        """
 
     def save_state(self, folder: Path) -> None:
         """Write weights, optimizer and random states into an existing empty folder and return when it is done."""

@@ -11,6 +11,7 @@ from nanotrain.losses.base import LossFn, LossOutput
 from nanotrain.model.batch import MicroBatch
 from nanotrain.model.head import OutputHead
 from nanotrain.model.hybrid import HybridModel
+from nanotrain.ops.linear_cross_entropy import token_log_probabilities
 
 
 class TrainingRoot(nn.Module):
@@ -29,3 +30,8 @@ class TrainingRoot(nn.Module):
         if loss_fn is None:
             return hidden_states
         return loss_fn(OutputHead(hidden_states, self.model.output_weight()), batch)
+
+
+def label_log_probabilities(head: OutputHead, batch: MicroBatch) -> Tensor:
+    """Return the log-probability of each label [B, S]; called in the place of a loss."""
+    return token_log_probabilities(head.hidden_states, head.weight, batch.labels, vocab_shard=head.vocab_shard)

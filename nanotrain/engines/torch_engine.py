@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nanotrain.checkpoint.hf_folder import iterate_tensors, save_state_dict
+from nanotrain.checkpoint.host_snapshot import HostSnapshot
 from nanotrain.checkpoint.provenance import Provenance
 from nanotrain.config.engine import EngineConfig
 from nanotrain.config.errors import UserError
@@ -24,16 +25,17 @@ from nanotrain.engines.optimizer_in_backward import OptimizerInBackward
 from nanotrain.engines.out_of_memory import OutOfMemoryAdvice
 from nanotrain.engines.parameters import global_norm, parameter_dtype, place_model, weight_copies_of
 from nanotrain.engines.precision import apply_precision
-from nanotrain.engines.root import TrainingRoot
+from nanotrain.engines.rehearsal import rehearse
+from nanotrain.engines.root import TrainingRoot, label_log_probabilities
 from nanotrain.engines.torch_device import prepare_device
 from nanotrain.engines.torch_state import copy_rows_of, local_rows, restore, snapshot, whole_tensor
 from nanotrain.losses.base import LossFn
 from nanotrain.losses.language_modeling import CrossEntropy
 from nanotrain.model.batch import MicroBatch
-from nanotrain.model.head import HeadWeight, OutputHead
+from nanotrain.model.head import HeadWeight
 from nanotrain.model.hybrid import HybridModel
+from nanotrain.model.initialization import init_weights
 from nanotrain.ops.backends import choose_kernels
-from nanotrain.ops.linear_cross_entropy import token_log_probabilities
 from nanotrain.optim.adamw import build_adamw
 from nanotrain.optim.low_precision_adamw import LowPrecisionAdamW
 from nanotrain.planning.parameters import tensor_shapes
@@ -55,12 +57,14 @@ class TorchEngine(Engine):
         self.dp_rank, self.dp_size = self._world.rank, self._world.size
         self.num_devices = self._world.size
         self.device, self._autocast_dtype = prepare_device(config)
+        self._host = HostSnapshot(self.device)
         self.model_config = model.config
         choose_kernels(config.kernels.choices(), self.device)
         self._weight_copies = apply_precision(model, config, self.device, self._autocast_dtype)
         self._advice = OutOfMemoryAdvice(config, model.config, training, self.device)
         self._optimizer: torch.optim.AdamW | LowPrecisionAdamW | None = None
         self._in_backward: OptimizerInBackward | None = None
+        self._rehearsed = False
         self._waits = CollectiveWaits(None, self.device)
         with self._advice:
             self._model = model
@@ -124,35 +128,47 @@ class TorchEngine(Engine):
             group["lr"] = learning_rate
         sums = LossSums()
         with self._advice:
+            if not self._rehearsed:
+                self._rehearse(microbatches[0].to(self.device), loss_fn)
+                self._rehearsed = True
             for number, batch in enumerate(microbatches, start=1):
                 with self._gradients_reduced(number == len(microbatches)):
                     with self._autocast():
                         output = self._trained(batch.to(self.device), loss_fn)
                     if self._in_backward is not None:
+                        self._host.hold_updates()
                         self._in_backward.begin(output.loss_sum)
                     # Ranks average their gradients, hence the factor.
                     (output.loss_sum * self.dp_size / max(num_tokens, 1)).backward()
                 sums.add(output)
             with self._waits.on_device():
                 sums.reduce(self._world)
-            loss = sums.loss_sum / max(num_tokens, 1)
             if self._in_backward is not None:
                 grad_norm, skipped = self._in_backward.finish()
+                loss = sums.loss_sum / max(num_tokens, 1)
             else:
-                grad_norm, skipped = self._update(loss, max_loss)
+                norm = self._gradient_norm()
+                loss = sums.loss_sum / max(num_tokens, 1)  # the one wait for the device
+                grad_norm, skipped = self._update(loss, norm, max_loss)
         self._drop_weight_copies()
         self.communication_seconds = self._waits.take()
         return StepResult(loss, grad_norm, num_tokens, skipped, sums.metrics())
 
-    def _update(self, loss: float, max_loss: float) -> tuple[float, bool]:
-        """Clip and update from the gradients of all weights; return their norm and whether the step was skipped."""
+    def _rehearse(self, batch: MicroBatch, loss_fn: LossFn) -> None:
+        """Compile the kernels of a step side by side before the first one."""
         assert self._optimizer is not None
-        norm = self._gradient_norm()
+        rehearse(self._model, batch, loss_fn, self._optimizer, self._autocast)
+        self._drop_weight_copies()
+
+    def _update(self, loss: float, norm: Tensor, max_loss: float) -> tuple[float, bool]:
+        """Clip to gradients of `norm` [] and update; return the norm and whether the step was skipped."""
+        assert self._optimizer is not None
         grad_norm = float(norm)
         skipped = not (math.isfinite(loss) and loss <= max_loss and math.isfinite(grad_norm))
         if not skipped:
             if self._clip > 0:
                 self._clip_gradients(norm)
+            self._host.hold_updates()
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return grad_norm, skipped
@@ -193,7 +209,7 @@ class TorchEngine(Engine):
     @torch.no_grad()
     def logprobs(self, batch: MicroBatch) -> Tensor:
         with self._evaluating():
-            return self._root(batch.to(self.device), _label_log_probabilities)
+            return self._root(batch.to(self.device), label_log_probabilities)
 
     @contextmanager
     def inference_model(self) -> Iterator[HybridModel]:
@@ -201,7 +217,7 @@ class TorchEngine(Engine):
             yield self._model
 
     def init_weights(self, seed: int) -> None:
-        self._model.init_weights(seed, copy_rows_of)
+        init_weights(self._model, self.model_config, seed, copy_rows_of)
         self._drop_weight_copies()
 
     def load_hf(self, folder: Path) -> None:
@@ -248,7 +264,7 @@ class TorchEngine(Engine):
 
     def snapshot_state(self) -> StateWriter:
         assert self._optimizer is not None, "only a training engine has a state to resume from"
-        return snapshot(self._model, self._optimizer, self._world, self.device)
+        return snapshot(self._model, self._optimizer, self._world, self.device, self._host)
 
     def load_state(self, folder: Path) -> None:
         assert self._optimizer is not None, "only a training engine can resume"
@@ -276,7 +292,3 @@ class TorchEngine(Engine):
             yield
         finally:
             self._model.train(training)
-
-
-def _label_log_probabilities(head: OutputHead, batch: MicroBatch) -> Tensor:
-    return token_log_probabilities(head.hidden_states, head.weight, batch.labels, vocab_shard=head.vocab_shard)

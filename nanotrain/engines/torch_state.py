@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from nanotrain.checkpoint.host_snapshot import HostSnapshot
 from nanotrain.checkpoint.row_shards import RowFiles, Rows, whole, write_rows
 from nanotrain.engines.base import StateWriter
 from nanotrain.model.hybrid import HybridModel
@@ -41,25 +42,29 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def snapshot(model: HybridModel, optimizer: AnyAdamW, world: World, device: torch.device) -> StateWriter:
+def snapshot(
+    model: HybridModel, optimizer: AnyAdamW, world: World, device: torch.device, host: HostSnapshot
+) -> StateWriter:
     """Copy this rank's part to host memory and return what writes it; ranks with equal copies leave it to the first."""
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    rows = {}
+    tensors = {}
     if sharded or world.is_first:
         for name, parameter in model.named_parameters():
-            rows[_WEIGHTS + name] = _host_rows(parameter)
+            tensors[_WEIGHTS + name] = parameter
             for field, value in optimizer.state[parameter].items():
-                rows[f"{_OPTIMIZER}{name}/{field}"] = _host_rows(value)
-        if isinstance(optimizer, LowPrecisionAdamW):
-            rows[_NUM_STEPS] = whole(torch.tensor(optimizer.param_groups[0]["num_steps"]))
-    random = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        random["cuda"] = torch.cuda.get_rng_state(device)
+                tensors[f"{_OPTIMIZER}{name}/{field}"] = value
+    places = {name: (local_rows(tensor), tensor.shape[0] if tensor.ndim else 1) for name, tensor in tensors.items()}
+    copies = host.take({name: local for name, ((local, _), _) in places.items()})
+    rows = {name: Rows(copies[name], first, total) for name, ((_, first), total) in places.items()}
+    if rows and isinstance(optimizer, LowPrecisionAdamW):
+        rows[_NUM_STEPS] = whole(torch.tensor(optimizer.param_groups[0]["num_steps"]))
+    write_random = snapshot_random(world, device)
 
     def write(folder: Path) -> None:
+        host.wait()
         if rows:
             write_rows(folder / f"tensors-{world.rank:05d}.safetensors", rows)
-        save_file(random, _random_file(folder, world.rank))
+        write_random(folder)
 
     return write
 
@@ -67,8 +72,6 @@ def snapshot(model: HybridModel, optimizer: AnyAdamW, world: World, device: torc
 @torch.no_grad()
 def restore(folder: Path, model: HybridModel, optimizer: AnyAdamW, world: World, device: torch.device) -> None:
     """Read this rank's part of what all ranks of a `snapshot` wrote, however many they were.
-
-    Random states belong to ranks: on another number of them they stay as the run's seed made them.
 
     Raises:
         UserError: the state is of another model, or incomplete.
@@ -92,22 +95,29 @@ def restore(folder: Path, model: HybridModel, optimizer: AnyAdamW, world: World,
         stored.read_into(_NUM_STEPS, num_steps)
         for group in optimizer.param_groups:
             group["num_steps"] = int(num_steps)
-    if len(list(folder.glob("random-*.safetensors"))) == world.size:
-        random = load_file(_random_file(folder, world.rank))
-        torch.set_rng_state(random["cpu"])
-        if device.type == "cuda" and "cuda" in random:
-            torch.cuda.set_rng_state(random["cuda"], device)
+    restore_random(folder, world, device)
+
+
+def snapshot_random(world: World, device: torch.device) -> StateWriter:
+    """Copy this rank's random states and return what writes them."""
+    random = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        random["cuda"] = torch.cuda.get_rng_state(device)
+    return lambda folder: save_file(random, _random_file(folder, world.rank))
+
+
+def restore_random(folder: Path, world: World, device: torch.device) -> None:
+    """Read this rank's random states; on another number of ranks they stay as the run's seed made them."""
+    if len(list(folder.glob("random-*.safetensors"))) != world.size:
+        return
+    random = load_file(_random_file(folder, world.rank))
+    torch.set_rng_state(random["cpu"])
+    if device.type == "cuda" and "cuda" in random:
+        torch.cuda.set_rng_state(random["cuda"], device)
 
 
 def _random_file(folder: Path, rank: int) -> Path:
     return folder / f"random-{rank:05d}.safetensors"
-
-
-def _host_rows(tensor: Tensor) -> Rows:
-    """Return this rank's rows as a contiguous copy in host memory, of its own even where the tensor is there already."""
-    rows, first = local_rows(tensor)
-    copy = torch.empty(rows.shape, dtype=rows.dtype, device="cpu").copy_(rows)
-    return Rows(copy, first, tensor.shape[0] if tensor.ndim else 1)
 
 
 def _read_rows(stored: RowFiles, name: str, tensor: Tensor) -> None:

@@ -35,7 +35,8 @@ class Block(nn.Module):
         num_valid: Tensor | None = None,
     ) -> Tensor:
         """Map [B, S, D] to [B, S, D]."""
-        return x + self.mixer(self.norm(x), segment_ids, cache, num_valid)
+        normed, x = self.norm.branch(x)
+        return x + self.mixer(normed, segment_ids, cache, num_valid)
 
 
 class Backbone(nn.Module):
@@ -73,9 +74,9 @@ class HybridModel(nn.Module):
         self._tie()
         return self
 
-    def init_weights(self, seed: int, assign: Callable[[Tensor, Tensor], None] = initialization.copy_into) -> None:
-        """Draw all parameters (model/initialization.py, which says what `assign` is); the same on every device."""
-        initialization.init_weights(self, self.config, seed, assign)
+    def init_weights(self, seed: int) -> None:
+        """Draw all parameters (model/initialization.py); the same seed gives the same values on every device."""
+        initialization.init_weights(self, self.config, seed)
 
     def output_weight(self) -> Tensor:
         """Return the output matrix [V, D]."""

@@ -6,7 +6,7 @@ on the device, and a sharded or meta-built model can draw any of them alone.
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -27,6 +27,7 @@ def init_weights(
     config: ModelConfig,
     seed: int,
     assign: Callable[[Tensor, Tensor], None] = copy_into,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
     """Set every parameter in place.
 
@@ -42,12 +43,14 @@ def init_weights(
         config: its architecture.
         seed: any integer.
         assign: (parameter, whole value) sets it; a divided parameter takes its rows.
+        shapes: of the whole tensors by name, where the parameters do not tell; None = they do.
     """
 
     def fill(named: tuple[str, nn.Parameter]) -> None:
         name, parameter = named
         with torch.no_grad():
-            assign(parameter, initial_value(name, tuple(parameter.shape), config, seed))
+            shape = tuple(parameter.shape) if shapes is None else shapes[name]
+            assign(parameter, initial_value(name, shape, config, seed))
 
     # One generator draws one number after the other, so a large model needs several of them at once.
     with ThreadPoolExecutor(min(torch.get_num_threads(), 16)) as pool:

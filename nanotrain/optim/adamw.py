@@ -1,6 +1,7 @@
 """AdamW with the published grouping of weight decay (Megatron-LM's default, which trained the models)."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,19 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not name.endswith(".bias")
 
 
+def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Return the groups of an optimizer: `params`, a list of (name, parameter), and `weight_decay`."""
+    decayed, undecayed = [], []
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            (decayed if is_decayed(name, parameter) else undecayed).append((name, parameter))
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 def build_adamw(
     named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, learning_rate: float
 ) -> torch.optim.AdamW | LowPrecisionAdamW:
@@ -29,15 +43,7 @@ def build_adamw(
         config: betas, dtypes.
         learning_rate: until a step states its own.
     """
-    decayed, undecayed = [], []
-    for name, parameter in named_parameters:
-        if parameter.requires_grad:
-            (decayed if is_decayed(name, parameter) else undecayed).append((name, parameter))
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": undecayed, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = decay_groups(named_parameters, config)
     betas = (config.beta1, config.beta2)
     single = config.state_dtype is StateDtype.fp32 and config.parameter_dtype is ParameterDtype.fp32
     if single and not config.in_backward:

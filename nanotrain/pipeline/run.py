@@ -59,6 +59,7 @@ def run_pipeline(
     *,
     report: Callable[[Path], None],
     force: bool | str = False,
+    only: str | None = None,
 ) -> None:
     """Bring every entry of a recipe to its finished state, and the report up to date.
 
@@ -68,12 +69,13 @@ def run_pipeline(
         report: writes the report of an output folder; called after every stage.
         force: True = make stale entries again; an entry's name = make that one again even if it is finished, and
             those that follow from it.
+        only: bring this entry alone up to date, from what those before it have left: a job of its own.
 
     Raises:
         UserError: anything that the user can mend.
         Preempted: a stage was asked to stop, and has saved.
     """
-    Pipeline(recipe, stages, report, force).run()
+    Pipeline(recipe, stages, report, force, only).run()
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,13 @@ class Pipeline:
         stages: Callable[[], Mapping[type[StageConfig], StageFunction]],
         report: Callable[[Path], None],
         force: bool | str,
+        only: str | None = None,
     ) -> None:
         self._recipe = recipe
         self._stages = stages
         self._report = report
         self._force = force
+        self._only = only
         self._inputs: dict[str, list[InputRef]] = {}
         self._external_digests: dict[Path, str] = {}
         self._made: set[str] = set()
@@ -110,7 +114,8 @@ class Pipeline:
         with contextlib.ExitStack() as stack:
             on_first(lambda: self._open(stack))
             for entry in self._recipe.entries:
-                self._bring_up_to_date(entry)
+                if self._only in (None, entry.name):
+                    self._bring_up_to_date(entry)
             on_first(self._write_missing_report)
 
     def _open(self, stack: contextlib.ExitStack) -> None:
@@ -126,17 +131,38 @@ class Pipeline:
         names = [entry.name for entry in self._recipe.entries]
         if isinstance(self._force, str) and self._force not in names:
             raise UserError(f"`--force {self._force}` names no entry of this run; {nearest(self._force, names)}")
+        if self._only is not None and self._only not in names:
+            raise UserError(f"`--only {self._only}` names no entry of this run; {nearest(self._only, names)}")
         check_ownership(self._recipe)
         self._inputs = resolve_inputs(self._recipe)
         Preflight(self._recipe, self._inputs).check()
         to_be_made: set[str] = set()
         for entry in self._recipe.entries:
+            if self._only not in (None, entry.name):
+                continue
+            self._require_inputs(entry)
             unknown = any(ref.entry in to_be_made for ref in self._inputs[entry.name])
             status = assess(entry, self._folder(entry), None if unknown else self._input_digests(entry))
             self._refuse_stale(entry, status, to_be_made)
             if status.state is not State.FINISHED or self._force == entry.name:
                 to_be_made.add(entry.name)
                 self._verify_inputs(entry, to_be_made)
+
+    def _require_inputs(self, entry: LoadedEntry) -> None:
+        """Refuse `--only` where an input from the run is missing or belongs to another recipe than today's."""
+        if self._only is None:
+            return
+        entries = {one.name: one for one in self._recipe.entries}
+        for ref in self._inputs[entry.name]:
+            if ref.folder is not None or ref.entry not in entries:
+                continue
+            source = entries[ref.entry]
+            made = {other.entry for other in self._inputs[ref.entry] if other.folder is None}
+            known = all(load_record(self._recipe.output_dir / name) is not None for name in made)
+            status = assess(source, self._folder(source), self._input_digests(source) if known else None)
+            if status.state is not State.FINISHED:
+                reason = status.reason or f"it is not finished in {shown_path(self._recipe.output_dir)}"
+                raise UserError(f"`--only {entry.name}` needs {ref.entry!r}: {reason}; run `--only {ref.entry}` first.")
 
     def _folder(self, entry: LoadedEntry) -> Path:
         return self._recipe.output_dir / entry.name

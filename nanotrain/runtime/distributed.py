@@ -32,6 +32,10 @@ class OtherRankFailed(Exception):
     """The first rank failed with a defect, and shows it; this rank has nothing to add."""
 
 
+class ToldMistake(UserError):
+    """A mistake that the first rank has found and says."""
+
+
 @dataclass(frozen=True)
 class World:
     """Who this process is among the ranks of the run."""
@@ -231,7 +235,7 @@ def on_first(function: Callable[[], T]) -> T:
     _control.wait_for_first()
     told: _Outcome[T] = _control.from_first(_Outcome())
     if told.mistake is not None:
-        raise UserError(told.mistake)
+        raise ToldMistake(told.mistake)
     if told.stopped:
         raise Terminated
     if told.failed:
@@ -240,7 +244,7 @@ def on_first(function: Callable[[], T]) -> T:
 
 
 def is_first_to_say(sentence: str) -> bool:
-    """Return True on the rank that asks first, so that what all ranks have to say is said once."""
+    """Return True on the rank that asks first, so that what several ranks found out by themselves is said once."""
     if _control._group is None:
         return current_world().is_first
     from torch.distributed import distributed_c10d

@@ -185,7 +185,7 @@ class _Loop:
             states.save(self._progress)
         if stop:
             states.settle()
-            raise Preempted(preemption.received or "the signal of another rank", done)
+            raise Preempted(preemption.received or "a signal to another rank", done)
 
     def _summary(self) -> TrainingSummary:
         progress = self._progress

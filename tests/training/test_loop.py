@@ -1,6 +1,7 @@
 """The loop: an interrupted run is the uninterrupted one, bit for bit; signals, non-finite steps, damaged states."""
 
 import json
+import logging
 import os
 import signal
 from dataclasses import replace
@@ -9,10 +10,13 @@ import pytest
 import torch
 
 from nanotrain.config.engine import Device, EngineConfig, Precision, TrackingConfig
-from nanotrain.config.training import ScheduleConfig, TrainingConfig
+from nanotrain.config.errors import UserError
+from nanotrain.config.training import SaveFailure, ScheduleConfig, SpikeAction, SpikeConfig, TrainingConfig
 from nanotrain.engines import build_engine
 from nanotrain.losses.language_modeling import CrossEntropy
+from nanotrain.model.batch import IGNORE_INDEX
 from nanotrain.model.hybrid import HybridModel
+from nanotrain.optim.lr_schedule import learning_rate
 from nanotrain.runtime.run import Run
 from nanotrain.runtime.signals import Preempted
 from nanotrain.training.guard import TrainingDiverged
@@ -137,7 +141,7 @@ def test_a_damaged_state_is_passed_over(tmp_path, random_loader, caplog):
         train(fresh_engine(), Interrupting(random_loader, 5, crash), CrossEntropy(), CONFIG, run_in(tmp_path))
     states = sorted((tmp_path / "pretrain/state").iterdir())
     assert [state.name for state in states] == [f"step-{step:08d}" for step in range(1, 6)]
-    file = states[-1] / "engine/model.safetensors"
+    file = states[-1] / "engine/tensors-00000.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -167,3 +171,115 @@ def test_steps_that_are_not_finite_are_counted_and_end_the_run(tmp_path, random_
     with pytest.raises(TrainingDiverged, match="max_nonfinite_steps"):
         train(fresh_engine(), random_loader, Poisoned(), CONFIG, run_in(tmp_path / "b"))
     assert not (tmp_path / "b/pretrain/state/step-00000004").exists()
+
+
+class Failing:
+    """An engine whose states cannot be stored at some saves."""
+
+    def __init__(self, engine, failing, error):
+        self.engine, self.failing, self.error, self.saves = engine, failing, error, 0
+
+    def __getattr__(self, name):
+        return getattr(self.engine, name)
+
+    def snapshot_state(self):
+        self.saves += 1
+        if self.saves not in self.failing:
+            return self.engine.snapshot_state()
+
+        def write(folder):
+            (folder / "half").write_bytes(b"x")
+            raise self.error
+
+        return write
+
+
+FULL = OSError(28, "No space left on device")
+
+
+def test_a_full_disk_is_a_warning_and_the_last_good_state_stays(tmp_path, random_loader, caplog):
+    engine = Failing(fresh_engine(), {3, 4, 8}, FULL)
+    summary = train(engine, random_loader, CrossEntropy(), CONFIG, run_in(tmp_path))
+    assert summary.steps == 8
+    kept = [state.name for state in sorted((tmp_path / "pretrain/state").iterdir())]
+    assert kept == [f"step-{step:08d}" for step in (1, 2, 5, 6, 7)]
+    calm = fresh_engine()
+    train(calm, random_loader, CrossEntropy(), CONFIG, run_in(tmp_path / "calm"))
+    again = fresh_engine()
+    train(again, random_loader, CrossEntropy(), CONFIG, run_in(tmp_path))
+    assert all(tensor.equal(weights(calm)[name]) for name, tensor in weights(again).items())
+
+
+def test_a_full_disk_ends_the_run_where_that_is_asked_for(tmp_path, random_loader):
+    config = replace(CONFIG, on_save_failure=SaveFailure.stop)
+    engine = Failing(fresh_engine(), {3}, FULL)
+    with pytest.raises(
+        UserError, match=r"state of step 3 could not be saved .*No space left.*that of step 2.*on_save_fai"
+    ):
+        train(engine, random_loader, CrossEntropy(), config, run_in(tmp_path))
+    assert train(fresh_engine(), random_loader, CrossEntropy(), config, run_in(tmp_path)).steps == 8
+
+
+def test_a_defect_of_the_writer_surfaces(tmp_path, random_loader):
+    engine = Failing(fresh_engine(), {2}, KeyError("defect"))
+    with pytest.raises(RuntimeError, match="KeyError"):
+        train(engine, random_loader, CrossEntropy(), CONFIG, run_in(tmp_path))
+
+
+class Spiking:
+    """Labels of one step are another permutation: its loss stands out."""
+
+    def __init__(self, loader, steps):
+        self.loader, self.steps = loader, steps
+
+    def microbatches(self, step):
+        batches = self.loader.microbatches(0)
+        if step not in self.steps:
+            return batches
+        return [replace(b, labels=torch.where(b.labels == IGNORE_INDEX, b.labels, 60 - b.labels)) for b in batches]
+
+
+def spiky(action, **changes):
+    spike = SpikeConfig(action=action, z_score=3.0, window=4)
+    return replace(
+        CONFIG, steps=16, keep_every=4, spike=spike, schedule=ScheduleConfig(), learning_rate=1e-4, **changes
+    )
+
+
+def test_a_spike_is_logged_or_left_out(tmp_path, random_loader, caplog):
+    logging.getLogger("nanotrain").propagate = True
+    for action, skipped in ((SpikeAction.off, 0), (SpikeAction.log, 0), (SpikeAction.skip, 1)):
+        config, folder = spiky(action), tmp_path / action.value
+        caplog.clear()
+        engine = fresh_engine(config)
+        summary = train(engine, Spiking(random_loader, {10}), CrossEntropy(), config, run_in(folder))
+        assert summary.skipped_steps == skipped
+        assert ("step 11: the loss" in caplog.text) == (action is not SpikeAction.off)
+        assert [line["step"] for line in lines(folder) if line["skipped"]] == [11][:skipped]
+
+
+@pytest.mark.parametrize("cut", [None, 9, 10, 11, 13])
+def test_a_roll_back_takes_the_updates_since_the_kept_state_back_and_survives_an_interruption(
+    tmp_path, random_loader, cut
+):
+    """States of steps 4, 8, ...; the spike of step 11 takes 9 to 11 back. The reference trains without those steps."""
+    config = spiky(SpikeAction.roll_back)
+    reference = fresh_engine(config)
+    for step in [*range(8), *range(11, 16)]:
+        reference.train_step(random_loader.microbatches(0), CrossEntropy(), learning_rate(step, config))
+    loader = Spiking(random_loader, {10})
+    if cut is not None:
+        with pytest.raises(Crash):
+            train(fresh_engine(config), Interrupting(loader, cut, crash), CrossEntropy(), config, run_in(tmp_path))
+    engine = fresh_engine(config)
+    train(engine, loader, CrossEntropy(), config, run_in(tmp_path))
+    assert all(tensor.equal(weights(reference)[name]) for name, tensor in weights(engine).items())
+    last = json.loads((tmp_path / "pretrain/state/step-00000016/progress.json").read_text())
+    assert last["rolled_back"] == [[9, 11]]
+
+
+def test_stop_after_saves_and_stops_like_a_signal(tmp_path, random_loader):
+    config = replace(CONFIG, keep_every=0)
+    with pytest.raises(Preempted) as caught:
+        train(fresh_engine(config), random_loader, CrossEntropy(), config, replace(run_in(tmp_path), stop_after=3))
+    assert caught.value.step == 3 and (tmp_path / "pretrain/state/step-00000003").is_dir()
