@@ -11,6 +11,7 @@ from nanotrain.config.engine import Device, EngineConfig, Precision, TrackerKind
 from nanotrain.config.parallel import DataParallel
 from nanotrain.config.training import TrainingConfig
 from nanotrain.engines import build_engine
+from nanotrain.engines.base import Engine
 from nanotrain.losses.language_modeling import CrossEntropy
 from nanotrain.model.hybrid import build_meta_model
 from nanotrain.runtime.distributed import current_world
@@ -42,27 +43,41 @@ class LateLoss(CrossEntropy):
         return output._replace(loss_sum=SleepsInBackward.apply(output.loss_sum)) if late else output
 
 
-def engine_of(kind: DataParallel):
-    config = EngineConfig(device=Device.cpu, precision=Precision.fp32, data_parallel=kind)
+def engine_of(kind: DataParallel, device: Device = Device.cpu):
+    config = EngineConfig(device=device, precision=Precision.fp32, data_parallel=kind)
     training = TrainingConfig(steps=3, global_batch_size=8, micro_batch_size=2, sequence_length=12, learning_rate=1e-3)
     engine = build_engine(config, build_meta_model(TINY), training)
     engine.init_weights(0)
     return engine, config, training
 
 
-def measure(folder: str) -> dict:
-    rank = current_world().rank
-    engine, config, training = engine_of(DataParallel.ddp)
+def waits_of(engine: Engine) -> dict[str, tuple[float | None, float]]:
+    """Return, for each way to be late, what this rank measured as waiting, and the wall clock of the step."""
     waits = {}
     for name, loss, loads in (
         ("even", CrossEntropy(), 0.0),
         ("backward", LateLoss(), 0.0),
         ("data", CrossEntropy(), LATE),
     ):
-        time.sleep(loads * rank)
+        time.sleep(loads * current_world().rank)
         started = time.perf_counter()
         engine.train_step([random_batch(2, 0), random_batch(2, 1)], loss, 1e-3)
         waits[name] = (engine.communication_seconds, time.perf_counter() - started)
+    return waits
+
+
+def check(early: dict, late: dict) -> None:
+    """Assert that the early rank waited for the late one, and not the other way."""
+    for name in ("backward", "data"):
+        assert LATE * 0.8 < early[name][0] < early[name][1], name
+        assert late[name][0] < LATE / 2, name
+    assert early["even"][0] < LATE / 2 and late["even"][0] < LATE / 2
+
+
+def measure(folder: str) -> dict:
+    rank = current_world().rank
+    engine, config, training = engine_of(DataParallel.ddp)
+    waits = waits_of(engine)
     run = Run("t", "pretrain", Path(folder), 1, config, TrackingConfig(kind=TrackerKind.tensorboard))
     train(engine, RandomLoader(), LateLoss(), training, run)
     other = Path(folder) / f"of-rank-{rank}"
@@ -82,11 +97,7 @@ def measured(tmp_path_factory):
 
 
 def test_the_early_rank_waits_for_the_late_one_and_not_the_other_way(measured):
-    early, late = (result["waits"] for result in measured[1])
-    for name in ("backward", "data"):
-        assert LATE * 0.8 < early[name][0] < early[name][1], name
-        assert late[name][0] < LATE / 2, name
-    assert early["even"][0] < LATE / 2 and late["even"][0] < LATE / 2
+    check(*(result["waits"] for result in measured[1]))
     assert all(result["fsdp2"] is None for result in measured[1])  # not measured, and said so
 
 

@@ -11,6 +11,7 @@ import pytest
 import trackio
 import trackio.sqlite_storage
 import trackio.utils
+import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
@@ -124,6 +125,7 @@ def wandb_records(file):
 
 def test_wandb_offline_goes_on_with_the_same_run(tmp_path):
     killed_and_resumed(TrackerKind.wandb, tmp_path)
+    wandb.teardown()  # its service closes the file after the run is finished; this waits for it
     run_id = json.loads((tmp_path / "tracker.json").read_text())["run_id"]
     (file,) = tmp_path.rglob("*.wandb")
     assert file.name == f"run-{run_id}.wandb" and file.parent.name.startswith("offline-run-")
