@@ -27,8 +27,14 @@ def zero(stage: int, base: EngineConfig = FP32, *, offload: bool = False, **chan
     return replace(base, kind=EngineKind.deepspeed, deepspeed=DeepSpeedConfig(stage, offload), **changes)
 
 
-FAST = {"zero2": zero(2), "zero3": zero(3)}
-SLOW = {"zero1": zero(1), **FAST, "zero2_offload": zero(2, offload=True), "zero3_offload": zero(3, offload=True)}
+FAST = {"zero3": zero(3)}
+SLOW = {
+    "zero1": zero(1),
+    "zero2": zero(2),
+    **FAST,
+    "zero2_offload": zero(2, offload=True),
+    "zero3_offload": zero(3, offload=True),
+}
 VARIANTS = {
     "zero2_checkpointed": zero(2, activation_checkpointing=CHECKPOINTED),
     "zero3_checkpointed": zero(3, activation_checkpointing=CHECKPOINTED),
@@ -41,8 +47,8 @@ TIED = replace(TINY, tie_word_embeddings=True)
 
 def kinds_on_two_ranks(folder: Path, kinds: dict[str, EngineConfig], steps: int) -> dict[str, Report]:
     reports = {name: run_kind(config, folder / name, steps) for name, config in kinds.items()}
-    with pytest.raises(UserError, match=r"ZeRO-2 on 2 ranks.*engine=torch_fsdp2"):
-        build(zero(3)).load_state(folder / "zero2" / "state")
+    with pytest.raises(UserError, match=r"ZeRO-3 on 2 ranks.*engine=torch_fsdp2"):
+        build(zero(2)).load_state(folder / "zero3" / "state")
     return reports
 
 
@@ -71,8 +77,8 @@ def check(folder: Path, kinds: dict[str, EngineConfig], steps: int) -> None:
             torch.testing.assert_close(stored[tensor_name], tensor, rtol=1e-3, atol=2e-4, msg=f"{name} {tensor_name}")
 
 
-def test_zero_2_and_3_train_save_resume_and_skip_as_one_process(tmp_path):
-    check(tmp_path, FAST, steps=6)
+def test_zero_3_trains_saves_resumes_and_skips_as_one_process(tmp_path):
+    check(tmp_path, FAST, steps=4)
 
 
 @pytest.mark.slow
