@@ -80,7 +80,8 @@ class DeepSpeedEngine(Engine):
         # On the CPU DeepSpeed would compile its own collectives for minutes; gloo's serve as well.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if not dist.is_initialized():  # DeepSpeed needs a group, also of one
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         chosen = deepspeed.get_accelerator().device_name()
         if chosen != self.device.type:
             raise UserError(
