@@ -70,5 +70,7 @@ def prepare_device(config: EngineConfig) -> tuple[torch.device, torch.dtype | No
     products = "fp32" if dtype is None else "bf16 (autocast)"
     if config.precision in FP8_PRECISIONS:
         products = config.precision.value
-    log_once(f"engine torch: {device}, products in {products}, parameters in fp32, {torch.get_num_threads()} threads")
+    log_once(
+        f"engine {config.kind.value}: {device}, products in {products}, parameters in fp32, {torch.get_num_threads()} threads"
+    )
     return device, dtype

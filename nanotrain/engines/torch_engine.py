@@ -101,7 +101,8 @@ class TorchEngine(Engine):
         self._trained = DistributedDataParallel(self._root, gradient_as_bucket_view=True, init_sync=False)
         # DDP orders its buckets anew after the first backward pass, and with more than two ranks the order of a sum
         # depends on its place in a bucket: without this the first step of a resumed run would round differently.
-        ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+        shape = (training.micro_batch_size, training.sequence_length)
+        ids = torch.zeros(shape, dtype=torch.int64, device=self.device)
         with self._autocast():
             output = self._trained(MicroBatch(ids, ids), CrossEntropy())
         output.loss_sum.backward()

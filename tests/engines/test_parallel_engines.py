@@ -197,6 +197,26 @@ def test_what_cannot_be_divided_is_refused_by_name(ranks):
         assert "engine.data_parallel" in sentence and f"optimizer.{key}" in sentence and "ddp" in sentence
 
 
+def on_four_ranks(folder: Path) -> dict[str, Report]:
+    return {name: run_kind(config, folder / name, 8) for name, config in KINDS.items()}
+
+
+@pytest.mark.slow
+def test_four_ranks_resume_bit_for_bit_and_equal_one_process(tmp_path):
+    """With more than two ranks the order of a sum could differ from the first step of a run to the later ones."""
+    one = run_kind(FP32, tmp_path / "one", 8)
+    for reports in run_ranks(on_four_ranks, 4, tmp_path):
+        for name, report in reports.items():
+            close(one.steps, report.steps)
+            assert report.resumed == report.steps[4:], name
+            assert report.difference is None and report.skips == (True, None, False)
+            close(one.distilled, report.distilled)
+    for name in KINDS:
+        engine = build(FP32, seed=3)
+        engine.load_state(tmp_path / name / "state")
+        close(one.steps[4:], train(engine, range(4, 8)))
+
+
 @pytest.mark.parametrize("kind", [DataParallel.ddp, DataParallel.fsdp2])
 def test_one_process_refuses_what_it_would_ignore(kind):
     with pytest.raises(UserError, match=rf"engine\.data_parallel` \({kind.value}\) needs several ranks"):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from nanotrain.config.engine import ActivationCheckpointingConfig, Device, EngineConfig, Precision
+from nanotrain.config.model import ModelConfig
 from nanotrain.config.parallel import DataParallel, Fsdp2Config
 from nanotrain.config.training import TrainingConfig
 from nanotrain.engines import build_engine
@@ -28,8 +29,8 @@ KINDS = {
 }
 
 
-def build(config: EngineConfig, seed: int = 0) -> Engine:
-    engine = build_engine(config, build_meta_model(NARROW_12B), TRAINING)
+def build(config: EngineConfig, model: ModelConfig, seed: int = 0) -> Engine:
+    engine = build_engine(config, build_meta_model(model), TRAINING)
     engine.init_weights(seed)
     return engine
 
@@ -38,16 +39,18 @@ def train(engine: Engine, steps) -> list[tuple[float, float]]:
     rank, size = here()
     numbers = []
     for step in steps:
-        batches = [random_batch(2, 10 * step + number, 256, 512) for number in range(4)][rank::size]
+        batches = [random_batch(2, 10 * step + number, 256, engine.model_config.vocab_size) for number in range(4)][
+            rank::size
+        ]
         result = engine.train_step(batches, CrossEntropy(), 1e-3)
         assert not result.skipped
         numbers.append((result.loss, result.grad_norm))
     return numbers
 
 
-def run(config: EngineConfig, folder: Path):
+def run(config: EngineConfig, folder: Path, model: ModelConfig):
     """Return six steps, and the last three again from a state saved after the third."""
-    engine = build(config)
+    engine = build(config, model)
     numbers = train(engine, range(3))
     if here()[0] == 0:
         folder.mkdir()
@@ -55,28 +58,28 @@ def run(config: EngineConfig, folder: Path):
     engine.save_state(folder)
     wait_for_all()
     numbers += train(engine, range(3, 6))
-    again = build(config, seed=9)
+    again = build(config, model, seed=9)
     again.load_state(folder)
     resumed = train(again, range(3, 6))
     engine.save_hf(folder / "hf")
     assert engine.first_difference(folder / "hf") is None
-    teacher = build_engine(config, build_meta_model(NARROW_12B))
+    teacher = build_engine(config, build_meta_model(model))
     teacher.load_hf(folder / "hf")
-    batch = random_batch(2, 99, 256, 512)
+    batch = random_batch(2, 99, 256, model.vocab_size)
     batch = replace(batch, teacher_hidden_states=teacher.hidden_states([batch])[0])
     with teacher.head() as head:
         divergence = engine.evaluate([batch], ForwardKL(head))["loss"]
     return numbers, resumed, divergence
 
 
-def run_on_ranks(base: EngineConfig, folder: Path):
-    return {name: run(replace(base, **changes), folder / name) for name, changes in KINDS.items()}
+def run_on_ranks(base: EngineConfig, folder: Path, model: ModelConfig):
+    return {name: run(replace(base, **changes), folder / name, model) for name, changes in KINDS.items()}
 
 
-def check(device: Device, folder: Path) -> None:
+def check(device: Device, folder: Path, model: ModelConfig) -> None:
     base = EngineConfig(device=device, precision=Precision.bf16)
-    one, _, _ = run(base, folder / "one")
-    for reports in run_ranks(run_on_ranks, 2, base, folder):
+    one, _, _ = run(base, folder / "one", model)
+    for reports in run_ranks(run_on_ranks, 2, base, folder, model):
         for name, (numbers, resumed, divergence) in reports.items():
             assert [a for a, _ in numbers] == pytest.approx([a for a, _ in one], rel=2e-3), name
             assert [n for _, n in numbers] == pytest.approx([n for _, n in one], rel=3e-2), name
@@ -85,4 +88,4 @@ def check(device: Device, folder: Path) -> None:
 
 
 def test_two_ranks_on_one_gpu_train_as_one_process(tmp_path):
-    check(Device.cuda, tmp_path)
+    check(Device.cuda, tmp_path, NARROW_12B)
