@@ -1,4 +1,4 @@
-"""The command line: `nanotrain run | submit | report | chat | export`.
+"""The command line: `nanotrain run | report | chat | export`.
 
 Help comes in a blink: PyTorch and Hydra are imported by the command that needs them.
 Exit codes: 0 done, 1 our defect (with its traceback), 2 the user can mend it (one sentence), 75 preempted and saved.
@@ -105,12 +105,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(command=_run)
 
-    submit = commands.add_parser("submit", help="submit a recipe to SLURM as a chain of jobs, one an entry")
-    submit.add_argument("recipe", metavar="RECIPE", help="YAML file; `cluster` in it says what to ask for")
-    submit.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
-    submit.add_argument("--dry-run", action="store_true", help="print the batch scripts and stop")
-    submit.set_defaults(command=_submit)
-
     report = commands.add_parser("report", help="write report.html and report.json of a run again")
     report.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="output folder of a run, such as runs/quickstart")
     report.set_defaults(command=_report)
@@ -140,12 +134,12 @@ def _non_negative(text: str) -> int:
 
 
 def _flags_first(argv: list[str]) -> list[str]:
-    """Let the flags of `run` and `submit` stand anywhere between the overrides, which argparse alone does not.
+    """Let the flags of `run` stand anywhere between the overrides, which argparse alone does not.
 
     `--force` takes the word after it only if that can be an entry's name: not an override, a flag or a recipe; `--only`
     takes any, and `--resume-check` a number.
     """
-    if not argv or argv[0] not in ("run", "submit"):
+    if not argv or argv[0] != "run":
         return argv
     flags, positionals = [], []
     words = iter(argv[1:])
@@ -162,7 +156,7 @@ def _flags_first(argv: list[str]) -> list[str]:
             flags[-1] = f"--force={word}"
         else:
             (flags if word.startswith("-") and word != "-" else positionals).append(word)
-    return [argv[0], *flags, "--", *positionals]
+    return ["run", *flags, "--", *positionals]
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -227,20 +221,6 @@ def _run_one(recipe: "LoadedRecipe", options: argparse.Namespace) -> int:
     run_pipeline(recipe, _stages, report=_build_report, force=force, only=options.only)
     if current_world().is_first:
         print(recipe.output_dir / "report.html")
-    return 0
-
-
-def _submit(options: argparse.Namespace) -> int:
-    from nanotrain.config.load import load_recipe
-    from nanotrain.pipeline.slurm import build_jobs, submit
-
-    recipe = load_recipe(options.recipe, options.overrides)
-    jobs = build_jobs(recipe, options.recipe, options.overrides)
-    if options.dry_run:
-        print("\n".join(job.script for job in jobs), end="")
-        return 0
-    for job, number in zip(jobs, submit(recipe, jobs), strict=True):
-        print(f"{job.entry}: job {number}")
     return 0
 
 

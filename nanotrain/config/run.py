@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from nanotrain.config.cluster import ClusterConfig
 from nanotrain.config.engine import EngineConfig, TrackingConfig
 from nanotrain.config.stage import StageConfig
 
@@ -20,7 +19,6 @@ class RecipeConfig:
     """The run's folder; a stage's product is <output_dir>/<entry>/hf/."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     stage: StageConfig = MISSING
 
 

@@ -110,8 +110,6 @@ class Launcher:
         """Say which rank ended the run and how; return the exit code."""
         rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
         codes = {failure.exitcode for failure in failures.values()}
-        if self._signalled and EXIT_USER_ERROR not in codes:
-            return EXIT_PREEMPTED  # a rank that was still starting dies of the signal: nothing is lost by that
         for code in FINAL_CODES:
             if code in codes and all(other in (code, 1) or other < 0 for other in codes):
                 return code
