@@ -1,12 +1,17 @@
-"""A tiny hybrid and random packed batches, for whatever trains."""
+"""A tiny hybrid and random packed batches, for whatever trains; the published architectures."""
+
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from nanotrain.config.model import ModelConfig
 from nanotrain.model.batch import IGNORE_INDEX, MicroBatch
 from nanotrain.model.hybrid import HybridModel
 
+MODELS = Path(__file__).parents[1] / "configs" / "model"
 TINY = ModelConfig(
     hybrid_layer_pattern="M-*-",
     vocab_size=61,
@@ -60,3 +65,16 @@ def make_batch():
 @pytest.fixture
 def random_loader() -> RandomLoader:
     return RandomLoader()
+
+
+@pytest.fixture(scope="session")
+def published() -> Callable[[str], ModelConfig]:
+    """Read configs/model/nemotron_nano_<size>_v2.yaml through the strict schema."""
+
+    def read(size: str) -> ModelConfig:
+        file = MODELS / f"nemotron_nano_{size}_v2.yaml"
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(file)))
+        assert isinstance(config, ModelConfig)
+        return config
+
+    return read

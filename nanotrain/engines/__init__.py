@@ -36,6 +36,13 @@ def build_engine(config: EngineConfig, model: "HybridModel", training: TrainingC
         from nanotrain.engines.deepspeed_engine import DeepSpeedEngine
 
         return DeepSpeedEngine(config, model, training, world)
+    if config.kind is EngineKind.megatron:
+        from nanotrain.engines.megatron_limits import require_megatron
+
+        require_megatron()
+        from nanotrain.engines.megatron_engine import MegatronEngine
+
+        return MegatronEngine(config, model, training)
     if world.size > 1 and config.data_parallel is DataParallel.fsdp2:
         from nanotrain.engines.torch_parallel import Fsdp2Engine
 

@@ -49,7 +49,8 @@ class Engine(ABC):
     num_devices: int
     """All ranks, of every kind of parallelism."""
     communication_seconds: float | None = None
-    """Of the last `train_step`, in collectives; None where that is not measured."""
+    """Of the last `train_step` on this rank, waiting for collectives and for slower ranks in them; what overlaps with
+    computing does not count. None where that is not measured."""
     device: torch.device
     model_config: ModelConfig
 

@@ -276,11 +276,6 @@ def _refuse(config: EngineConfig, training: TrainingConfig | None) -> None:
     start = "`engine.kind` (deepspeed) flattens weights and states into fp32 buffers, and"
     if config.precision in FP8_PRECISIONS:
         raise UserError(f"{start} `engine.precision` ({config.precision.value}) needs engine=torch; use bf16.")
-    if config.deepspeed.zero_stage == 3 and config.activation_checkpointing.layer_kinds():
-        raise UserError(
-            "`engine.activation_checkpointing` runs layers again in the backward pass, where ZeRO-3 has freed their"
-            " weights; switch it off, or use `engine.deepspeed.zero_stage` 1 or 2, or engine=torch_fsdp2."
-        )
     if training is None:
         return
     optimizer = training.optimizer

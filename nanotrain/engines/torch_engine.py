@@ -19,11 +19,13 @@ from nanotrain.config.engine import EngineConfig
 from nanotrain.config.errors import UserError
 from nanotrain.config.training import TrainingConfig
 from nanotrain.engines.base import Engine, StateWriter, StepResult
+from nanotrain.engines.collective_waits import CollectiveWaits
 from nanotrain.engines.data_parallel import LossSums, sum_count
 from nanotrain.engines.optimizer_in_backward import OptimizerInBackward
 from nanotrain.engines.out_of_memory import OutOfMemoryAdvice
 from nanotrain.engines.parameters import global_norm, parameter_dtype, place_model, weight_copies_of
 from nanotrain.engines.precision import apply_precision
+from nanotrain.engines.rehearsal import rehearse
 from nanotrain.engines.root import TrainingRoot, label_log_probabilities
 from nanotrain.engines.torch_device import prepare_device
 from nanotrain.engines.torch_state import copy_rows_of, local_rows, restore, snapshot, whole_tensor
@@ -62,6 +64,8 @@ class TorchEngine(Engine):
         self._advice = OutOfMemoryAdvice(config, model.config, training, self.device)
         self._optimizer: torch.optim.AdamW | LowPrecisionAdamW | None = None
         self._in_backward: OptimizerInBackward | None = None
+        self._rehearsed = False
+        self._waits = CollectiveWaits(None, self.device)
         with self._advice:
             self._model = model
             self._root = self._build_root(config, training)
@@ -103,6 +107,7 @@ class TorchEngine(Engine):
         output.loss_sum.backward()
         self._trained.zero_grad(set_to_none=True)
         self._drop_weight_copies()
+        self._waits = CollectiveWaits(self._trained, self.device)
 
     def train_step(
         self,
@@ -116,11 +121,16 @@ class TorchEngine(Engine):
             "the optimizer in the backward pass cannot accumulate"
         )
         # Counted where the loader left the labels, before the first forward: the device is not waited for.
-        num_tokens = sum_count(sum(int(loss_fn.denominator(batch)) for batch in microbatches), self._world)
+        count = sum(int(loss_fn.denominator(batch)) for batch in microbatches)
+        with self._waits.on_host():
+            num_tokens = sum_count(count, self._world)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         sums = LossSums()
         with self._advice:
+            if not self._rehearsed:
+                self._rehearse(microbatches[0].to(self.device), loss_fn)
+                self._rehearsed = True
             for number, batch in enumerate(microbatches, start=1):
                 with self._gradients_reduced(number == len(microbatches)):
                     with self._autocast():
@@ -131,19 +141,28 @@ class TorchEngine(Engine):
                     # Ranks average their gradients, hence the factor.
                     (output.loss_sum * self.dp_size / max(num_tokens, 1)).backward()
                 sums.add(output)
-            sums.reduce(self._world)
-            loss = sums.loss_sum / max(num_tokens, 1)
+            with self._waits.on_device():
+                sums.reduce(self._world)
             if self._in_backward is not None:
                 grad_norm, skipped = self._in_backward.finish()
+                loss = sums.loss_sum / max(num_tokens, 1)
             else:
-                grad_norm, skipped = self._update(loss, max_loss)
+                norm = self._gradient_norm()
+                loss = sums.loss_sum / max(num_tokens, 1)  # the one wait for the device
+                grad_norm, skipped = self._update(loss, norm, max_loss)
         self._drop_weight_copies()
+        self.communication_seconds = self._waits.take()
         return StepResult(loss, grad_norm, num_tokens, skipped, sums.metrics())
 
-    def _update(self, loss: float, max_loss: float) -> tuple[float, bool]:
-        """Clip and update from the gradients of all weights; return their norm and whether the step was skipped."""
+    def _rehearse(self, batch: MicroBatch, loss_fn: LossFn) -> None:
+        """Compile the kernels of a step side by side before the first one."""
         assert self._optimizer is not None
-        norm = self._gradient_norm()
+        rehearse(self._model, batch, loss_fn, self._optimizer, self._autocast)
+        self._drop_weight_copies()
+
+    def _update(self, loss: float, norm: Tensor, max_loss: float) -> tuple[float, bool]:
+        """Clip to gradients of `norm` [] and update; return the norm and whether the step was skipped."""
+        assert self._optimizer is not None
         grad_norm = float(norm)
         skipped = not (math.isfinite(loss) and loss <= max_loss and math.isfinite(grad_norm))
         if not skipped:

@@ -21,6 +21,8 @@ from nanotrain.engines.parameters import global_norm, place_model
 from nanotrain.engines.root import TrainingRoot
 from nanotrain.engines.torch_engine import TorchEngine
 from nanotrain.engines.torch_state import whole_tensor
+from nanotrain.losses.base import LossFn
+from nanotrain.model.batch import MicroBatch
 from nanotrain.model.head import HeadWeight
 from nanotrain.model.hybrid import HybridModel, build_meta_model
 from nanotrain.model.linear import Linear
@@ -63,6 +65,9 @@ class Fsdp2Engine(TorchEngine):
 
     def _connect_replicas(self, training: TrainingConfig) -> None:
         del training  # FSDP2's own hooks add the gradients up
+
+    def _rehearse(self, batch: MicroBatch, loss_fn: LossFn) -> None:
+        del batch, loss_fn  # a layer's weights are whole only inside a step
 
     def _gradients_reduced(self, last: bool) -> AbstractContextManager[None]:
         assert isinstance(self._root, FSDPModule)

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,13 +17,13 @@ from nanotrain.runtime.distributed import any_of, current_world, on_first
 from nanotrain.runtime.run import Run
 from nanotrain.runtime.seeding import derived_seed, seed_everything
 from nanotrain.runtime.signals import Preempted, PreemptionGuard
-from nanotrain.runtime.tracking import Tracker, build_tracker, truncate_metrics
+from nanotrain.runtime.tracking import build_tracker, truncate_metrics
 from nanotrain.runtime.watchdog import Watchdog
 from nanotrain.training.guard import SkippedStepsGuard
-from nanotrain.training.meter import Meter, StepTimes, describe
+from nanotrain.training.meter import BAR_FORMAT, Meter, StepTimes, describe
 from nanotrain.training.spike import SpikeDetector
 from nanotrain.training.states import States
-from nanotrain.training.teacher import Loader
+from nanotrain.training.teacher import Loader, TeacherLoader
 
 log = logging.getLogger("nanotrain")
 
@@ -88,29 +89,27 @@ class _Loop:
 
     def run(self, loader: Loader, loss_fn: LossFn) -> TrainingSummary:
         config, run, first = self._config, self._run, current_world().is_first
-        tracker: Tracker | None = None
+        name, started_at = f"{run.name}-{run.entry}", self._progress.step
         bar = tqdm(
-            total=config.steps, initial=self._progress.step, desc=run.entry, unit="step", dynamic_ncols=True,
+            total=config.steps, initial=started_at, desc=run.entry, dynamic_ncols=True, bar_format=BAR_FORMAT,
             disable=not first,
         )  # fmt: skip
         try:
-            if first:
-                name = f"{run.name}-{run.entry}"
-                tracker = build_tracker(run.tracking, run.folder, name, asdict(config), self._progress.step)
-            with PreemptionGuard() as preemption, self._watchdog, bar:
-                for step in range(self._progress.step, config.steps):
+            with (
+                closing(build_tracker(run.tracking, run.folder, name, asdict(config), started_at)) as tracker,
+                PreemptionGuard() as preemption, self._watchdog, bar,
+            ):  # fmt: skip
+                for step in range(started_at, config.steps):
                     result, rate, times = self._step(step, loader, loss_fn)
                     line = self._after_step(step + 1, result, rate, times)
-                    if line is not None and tracker is not None:
+                    if line is not None:
                         tracker.log(step + 1, line)
-                        bar.set_postfix(describe(line), refresh=False)
+                        bar.set_postfix_str(describe(line), refresh=False)
                     bar.update(1)
                     self._save_or_stop(step + 1, preemption)
                 self._states.settle()
         finally:
             self._states.close()
-            if tracker is not None:
-                tracker.close()
         return self._summary()
 
     def _step(self, step: int, loader: Loader, loss_fn: LossFn) -> tuple[StepResult, float, StepTimes]:
@@ -121,7 +120,8 @@ class _Loop:
         rate = learning_rate(step, self._config)
         result = self._engine.train_step(batches, loss_fn, rate, self._spikes.max_loss)
         done = time.perf_counter()
-        times = StepTimes(loaded - started, done - loaded, self._engine.communication_seconds)
+        teaching = loader.teacher_seconds if isinstance(loader, TeacherLoader) else 0.0
+        times = StepTimes(loaded - started - teaching, done - loaded + teaching, self._engine.communication_seconds)
         self._meter.count(self._config.tokens_per_step, times)
         return result, rate, times
 
@@ -147,8 +147,9 @@ class _Loop:
         if evaluated:
             assert self._evaluate is not None
             self._watchdog.beat(f"evaluating after step {done}")
+            started = time.perf_counter()
             progress.evaluation = self._evaluate()
-            line |= progress.evaluation
+            line |= progress.evaluation | {"evaluation_seconds": time.perf_counter() - started}
         return line
 
     def _roll_back(self, done: int, spike: str) -> bool:

@@ -4,6 +4,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from tqdm import tqdm
+
 from nanotrain.config.training import TrainingConfig
 from nanotrain.engines.base import Engine, StepResult
 from nanotrain.planning.flops import training_flops_per_token
@@ -22,11 +24,11 @@ class StepTimes:
     """Wall clock of one step, in seconds."""
 
     data: float
-    """Waiting for micro-batches; what is loaded ahead costs nothing here. An online teacher's forward passes count too."""
+    """Waiting for micro-batches; what is loaded ahead costs nothing here."""
     step: float
-    """Forward, backward and update."""
+    """Forward, backward and update; an online teacher's forward passes too."""
     communication: float | None
-    """Of `step`, in collectives; None where the engine cannot tell."""
+    """Of `step`, waiting for collectives (`Engine.communication_seconds`); None where that is not measured."""
 
 
 class Meter:
@@ -63,7 +65,8 @@ class Meter:
     def line(self, step: int, result: StepResult, learning_rate: float, tokens: int) -> dict[str, Any]:
         """Return the numbers after `step` steps and start a new window for the rates.
 
-        `mfu` is None where the device's peak is unknown (CPU); the three parts of a step are means over the window.
+        `mfu` is None where the device's peak is unknown (CPU); the three parts of a step are means over the window,
+        on this rank. `communication_seconds` is None where it is not measured, and then part of `compute_seconds`.
         """
         tokens_window, window = self._window_tokens, self._window
         self._window_tokens, self._window = 0, []
@@ -90,15 +93,25 @@ class Meter:
         }
 
 
-def describe(line: dict[str, Any]) -> dict[str, str]:
-    """Return the short form of a line for the progress bar and the log."""
-    utilisation = "-" if line["mfu"] is None else f"{line['mfu']:.1%}"
-    return {
-        "loss": f"{line['loss']:.4f}",
-        "grad_norm": f"{line['grad_norm']:.3f}",
-        "lr": f"{line['lr']:.2e}",
-        "tokens/s": f"{line['tokens_per_second']:,.0f}",
-        "mfu": utilisation,
-        "mem": f"{line['memory_bytes'] / 2**30:.2f}G",
-        "eta": f"{line['eta_seconds']:.0f}s",
-    }
+BAR_FORMAT = "{desc} {n_fmt}/{total_fmt}{postfix} |{bar}|"
+"""The bar takes what room is left: a full line fits into 100 columns with several GPUs, too."""
+
+
+def describe(line: dict[str, Any]) -> str:
+    """Return the short form of a line for the progress bar; what is not measured, or did not happen, is left out."""
+    parts = [
+        f"loss {line['loss']:.4f}",
+        f"grad {line['grad_norm']:.3g}",
+        f"{line['tokens_per_second']:,.0f} tok/s",
+    ]
+    if line["mfu"] is not None:
+        parts.append(f"mfu {line['mfu']:.0%}")
+    parts.append(f"{line['memory_bytes'] / 2**30:.1f}G")
+    shares = {"data": line["data_seconds"], "comm": line["communication_seconds"]}
+    step_seconds = sum(shares[name] or 0.0 for name in shares) + line["compute_seconds"]
+    parts += [f"{name} {part / step_seconds:.0%}" for name, part in shares.items() if part is not None and step_seconds]
+    for name, key in (("eval", "evaluation_seconds"), ("save", "save_stall_seconds")):
+        if line.get(key):
+            parts.append(f"{name} {line[key]:.2g}s")
+    parts.append(f"eta {tqdm.format_interval(line['eta_seconds'])}")
+    return " ".join(parts)

@@ -41,7 +41,7 @@ class States:
         self._saved_at = time.perf_counter()
         self._saved_step = 0
         self.stall_seconds = 0.0
-        """Time that training stood still for the last save."""
+        """Time that training stood still for saves; the reader of it sets it back."""
 
     def resume(self) -> LoopProgress:
         """Load the newest intact state, if there is one."""
@@ -75,7 +75,7 @@ class States:
         self._saver.start(progress.step, self._engine.snapshot_state(), asdict(progress))
         self._saved_at = time.perf_counter()
         self._saved_step = progress.step
-        self.stall_seconds = self._saved_at - started
+        self.stall_seconds += self._saved_at - started
 
     def settle(self) -> None:
         """Wait for the save in flight, and say what became of it.

@@ -5,30 +5,24 @@ came back.
 """
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from nanotrain.checkpoint.hf_folder import load_state_dict, save_model
-from nanotrain.config.engine import ActivationCheckpointingConfig, Device, EngineConfig, Precision
+from nanotrain.config.engine import ActivationCheckpointingConfig, Precision
 from nanotrain.config.errors import UserError
 from nanotrain.config.parallel import DataParallel, Fsdp2Config
-from nanotrain.config.training import OptimizerConfig, ParameterDtype, StateDtype, TrainingConfig
+from nanotrain.config.training import ParameterDtype, StateDtype
 from nanotrain.engines import build_engine
-from nanotrain.engines.base import Engine
-from nanotrain.losses.distillation import ForwardKL
 from nanotrain.losses.language_modeling import CrossEntropy
-from nanotrain.model.batch import IGNORE_INDEX, MicroBatch
 from nanotrain.model.hybrid import HybridModel, build_meta_model
-from nanotrain.runtime.distributed import wait_for_all
 from tests.conftest import TINY, random_batch
+from tests.engines.parallel_runs import BF16, CLIP, FP32, Numbers, Report, build, close, here, run_kind, train, training
 from tests.ranks import run_ranks
 
-FP32 = EngineConfig(device=Device.cpu, precision=Precision.fp32)
-BF16 = replace(FP32, precision=Precision.bf16)
 DDP = replace(FP32, data_parallel=DataParallel.ddp)
 FSDP2 = replace(FP32, data_parallel=DataParallel.fsdp2)
 CHECKPOINTED = ActivationCheckpointingConfig(mamba=True, mlp=True, attention=True)
@@ -39,110 +33,9 @@ VARIANTS = {
     "fsdp2_kept": replace(FSDP2, fsdp2=Fsdp2Config(reshard_after_forward=False, reduce_every_micro_batch=True)),
 }
 """Trained for a few steps only."""
-RATE = 3e-3
+LOW_PRECISION = {"state_dtype": StateDtype.int8, "parameter_dtype": ParameterDtype.bf16}
 STEPS, RESUMED_AT = 20, 10
-CLIP = 1.0
 TIED = replace(TINY, tie_word_embeddings=True)
-
-
-def training(**optimizer) -> TrainingConfig:
-    return TrainingConfig(
-        steps=STEPS, global_batch_size=8, micro_batch_size=2, sequence_length=12, learning_rate=RATE,
-        optimizer=OptimizerConfig(**({"gradient_clip": CLIP} | optimizer)),
-    )  # fmt: skip
-
-
-def global_batch(step: int, rank: int, size: int) -> list[MicroBatch]:
-    """This rank's of four packed micro-batches with very different numbers of labels; the last has none."""
-    batches = [random_batch(2, 10 * step + number) for number in range(4)]
-    batches[1].labels[:, 3:] = IGNORE_INDEX
-    batches[3].labels.fill_(IGNORE_INDEX)
-    return batches[rank::size]
-
-
-def here() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def build(config: EngineConfig, model=TINY, seed: int = 0) -> Engine:
-    engine = build_engine(config, build_meta_model(model), training())
-    engine.init_weights(seed)
-    return engine
-
-
-def train(engine: Engine, steps, loss_fn=None, teacher: Engine | None = None) -> list[tuple[float, float]]:
-    numbers = []
-    for step in steps:
-        batches = global_batch(step, *here())
-        if teacher is not None:
-            hidden = teacher.hidden_states(batches)
-            batches = [replace(b, teacher_hidden_states=h) for b, h in zip(batches, hidden, strict=True)]
-        result = engine.train_step(batches, loss_fn or CrossEntropy(), RATE)
-        assert not result.skipped
-        numbers.append((result.loss, result.grad_norm))
-    return numbers
-
-
-def distill(config: EngineConfig) -> list[tuple[float, float]]:
-    """Towards a teacher that is divided as the student is."""
-    teacher = build_engine(config, build_meta_model(TINY))
-    teacher.init_weights(5)
-    with teacher.head() as head:
-        return train(build(config), range(3), ForwardKL(head), teacher)
-
-
-class PoisonedOn(CrossEntropy):
-    """Not a number on one rank only."""
-
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
-
-    def __call__(self, head, batch):
-        output = super().__call__(head, batch)
-        return output._replace(loss_sum=output.loss_sum * float("nan")) if here()[0] == self._rank else output
-
-
-def skip_one(engine: Engine, folder: Path) -> tuple[bool, str | None, bool]:
-    """Return whether a step was skipped, what it changed, and whether the step after it was."""
-    engine.save_hf(folder)
-    skipped = engine.train_step(global_batch(50, *here()), PoisonedOn(here()[1] - 1), RATE).skipped
-    changed = engine.first_difference(folder)
-    return skipped, changed, engine.train_step(global_batch(51, *here()), CrossEntropy(), RATE).skipped
-
-
-@dataclass
-class Report:
-    """What one rank saw of one kind of engine."""
-
-    steps: list[tuple[float, float]]
-    resumed: list[tuple[float, float]]
-    evaluation: dict[str, float]
-    logprobs: torch.Tensor
-    difference: str | None
-    skips: tuple[bool, str | None, bool]
-    distilled: list[tuple[float, float]]
-
-
-def run_kind(config: EngineConfig, folder: Path) -> Report:
-    engine = build(config)
-    steps = train(engine, range(RESUMED_AT))
-    write = engine.snapshot_state()
-    steps += train(engine, range(RESUMED_AT, STEPS))  # what a snapshot holds does not move with the weights
-    if here()[0] == 0:
-        (folder / "state").mkdir(parents=True)
-    wait_for_all()
-    write(folder / "state")
-    wait_for_all()
-    engine.save_hf(folder / "hf")
-    difference = engine.first_difference(folder / "hf")
-    evaluation = engine.evaluate([random_batch(2, 90 + here()[0])], CrossEntropy())
-    logprobs = engine.logprobs(random_batch(2, 90))
-    again = build(config, seed=9)
-    again.load_state(folder / "state")
-    torch.manual_seed(5)
-    resumed = train(again, range(RESUMED_AT, STEPS))
-    skips = skip_one(engine, folder / "before")
-    return Report(steps, resumed, evaluation, logprobs, difference, skips, distill(config))
 
 
 def refusals() -> dict[str, str]:
@@ -162,7 +55,7 @@ def refusals() -> dict[str, str]:
     return said
 
 
-def other_states(folder: Path) -> dict[str, list[tuple[float, float]]]:
+def other_states(folder: Path) -> dict[str, Numbers]:
     """Continue what one process saved as FSDP2, and what DDP saved; load and save what is tied."""
     numbers = {}
     for name in ("one", "ddp"):
@@ -183,15 +76,13 @@ def other_states(folder: Path) -> dict[str, list[tuple[float, float]]]:
         save_model(model, folder / f"inference-{here()[0]}")
     bf16 = build(replace(BF16, data_parallel=DataParallel.fsdp2))
     numbers["bf16"] = train(bf16, range(4))
-    low = {"state_dtype": StateDtype.int8, "parameter_dtype": ParameterDtype.bf16}
-    narrow = build_engine(replace(BF16, data_parallel=DataParallel.ddp), build_meta_model(TINY), training(**low))
-    narrow.init_weights(0)
+    narrow = build(replace(BF16, data_parallel=DataParallel.ddp), **LOW_PRECISION)
     numbers["low_precision"] = train(narrow, range(4))
     return numbers
 
 
 def on_two_ranks(folder: Path):
-    reports = {name: run_kind(config, folder / name) for name, config in KINDS.items()}
+    reports = {name: run_kind(config, folder / name, STEPS) for name, config in KINDS.items()}
     return reports, other_states(folder), refusals()
 
 
@@ -202,19 +93,12 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(folder) -> Report:
-    return run_kind(FP32, folder / "one")
+    return run_kind(FP32, folder / "one", STEPS)
 
 
 @pytest.fixture(scope="module")
 def ranks(folder, one):
     return run_ranks(on_two_ranks, 2, folder)
-
-
-def close(one: list[tuple[float, float]], other: list[tuple[float, float]], loss=2e-6, norm=1e-5) -> None:
-    assert len(one) == len(other) > 0
-    for step, ((a, m), (b, n)) in enumerate(zip(one, other, strict=True)):
-        assert b == pytest.approx(a, rel=loss), f"loss of step {step}"
-        assert n == pytest.approx(m, rel=norm), f"gradient norm of step {step}"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -293,9 +177,7 @@ def test_distillation_from_a_divided_teacher(one, ranks, kind):
 def test_tied_embeddings_bf16_and_low_precision_states(folder, one, ranks):
     tied = build(FP32, TIED)
     bf16 = build(BF16)
-    low = {"state_dtype": StateDtype.int8, "parameter_dtype": ParameterDtype.bf16}
-    narrow = build_engine(BF16, build_meta_model(TINY), training(**low))
-    narrow.init_weights(0)
+    narrow = build(BF16, **LOW_PRECISION)
     expected = {"tied": train(tied, range(3)), "bf16": train(bf16, range(4)), "low_precision": train(narrow, range(4))}
     for _, numbers, _ in ranks:
         close(expected["tied"], numbers["tied"])
