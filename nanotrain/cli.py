@@ -10,16 +10,17 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from nanotrain.config.errors import UserError
-from nanotrain.runtime.signals import Preempted
+from nanotrain.runtime.distributed import OtherRankFailed, current_world, is_first_to_say, on_first, start_ranks
+from nanotrain.runtime.signals import Preempted, Terminated, terminate
 
 if TYPE_CHECKING:
     from nanotrain.config.load import LoadedRecipe
     from nanotrain.config.stage import StageConfig
 
+EXIT_DEFECT = 1
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
@@ -46,8 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code: int = options.command(options)
     except UserError as error:
-        print(f"nanotrain: {error}", file=sys.stderr)
+        if is_first_to_say(str(error)):
+            print(f"nanotrain: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except OtherRankFailed:
+        return EXIT_DEFECT
     except KeyboardInterrupt:
         print("nanotrain: interrupted.", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -134,12 +138,14 @@ def _flags_first(argv: list[str]) -> list[str]:
 
 def _run(options: argparse.Namespace) -> int:
     """Run with the signals of a scheduler caught from the first moment: the imports alone take seconds."""
-    previous = {number: signal.signal(number, _terminate) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    previous = {number: signal.signal(number, terminate) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
+        start_ranks()
         return _run_recipes(options)
-    except (Preempted, _Terminated, KeyboardInterrupt) as stop:
+    except (Preempted, Terminated, KeyboardInterrupt) as stop:
         reason = str(stop) or "stopped; finished work is saved, and the same command continues."
-        print(f"nanotrain: {reason}", file=sys.stderr)
+        if is_first_to_say(reason):
+            print(f"nanotrain: {reason}", file=sys.stderr)
         return EXIT_PREEMPTED
     finally:
         for number, handler in previous.items():
@@ -147,21 +153,23 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _run_recipes(options: argparse.Namespace) -> int:
-    from nanotrain.config.load import expand_sweeps, load_recipe
-
-    if options.multirun:
-        jobs = expand_sweeps(options.overrides)
-        recipes = [_with_suffix(load_recipe(options.recipe, job.overrides), options, job) for job in jobs]
-    else:
-        recipes = [load_recipe(options.recipe, options.overrides)]
+    recipes = on_first(lambda: _load_recipes(options))
     if options.cfg:
-        print("\n---\n".join(recipe.to_yaml().rstrip() for recipe in recipes))
+        if current_world().is_first:
+            print("\n---\n".join(recipe.to_yaml().rstrip() for recipe in recipes))
         return 0
     for recipe in recipes:
-        code = _run_one(recipe, True if options.force == "" else options.force or False)
-        if code:
-            return code
+        _run_one(recipe, True if options.force == "" else options.force or False)
     return 0
+
+
+def _load_recipes(options: argparse.Namespace) -> "list[LoadedRecipe]":
+    from nanotrain.config.load import expand_sweeps, load_recipe
+
+    if not options.multirun:
+        return [load_recipe(options.recipe, options.overrides)]
+    jobs = expand_sweeps(options.overrides)
+    return [_with_suffix(load_recipe(options.recipe, job.overrides), options, job) for job in jobs]
 
 
 def _with_suffix(recipe: "LoadedRecipe", options: argparse.Namespace, job: Any) -> "LoadedRecipe":
@@ -173,25 +181,14 @@ def _with_suffix(recipe: "LoadedRecipe", options: argparse.Namespace, job: Any) 
     return load_recipe(options.recipe, [*job.overrides, f"name='{name}'", f"output_dir='{quoted}'"])
 
 
-class _Terminated(BaseException):
-    """A scheduler's signal outside the training loop, which has a handler of its own.
-
-    Such stages have written every finished work item already, so stopping at once loses no more than one item.
-    """
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
-
-
-def _run_one(recipe: "LoadedRecipe", force: bool | str) -> int:
+def _run_one(recipe: "LoadedRecipe", force: bool | str) -> None:
     from nanotrain.pipeline.run import run_pipeline
     from nanotrain.runtime.logging import set_up_logging
 
-    set_up_logging()
+    set_up_logging(rank=current_world().rank)
     run_pipeline(recipe, _stages, report=_build_report, force=force)
-    print(recipe.output_dir / "report.html")
-    return 0
+    if current_world().is_first:
+        print(recipe.output_dir / "report.html")
 
 
 def _stages() -> Mapping[type["StageConfig"], Callable[..., Path]]:

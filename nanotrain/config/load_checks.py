@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nanotrain.config.errors import UserError, nearest
 from nanotrain.config.load_messages import shown_path
 from nanotrain.config.run import RecipeConfig
-from nanotrain.config.stage import STAGE_CONFIGS, DistillConfig, PretrainConfig, SftConfig, StageConfig
+from nanotrain.config.stage import STAGE_CONFIGS, TRAINING_STAGES, PretrainConfig, StageConfig
 
 _ENTRY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -106,7 +106,7 @@ def validate(config: RecipeConfig, key_prefix: str) -> None:
     config.tracking.validate(f"{key_prefix}tracking")
     config.cluster.validate(f"{key_prefix}cluster")
     config.stage.validate(f"{key_prefix}stage")
-    if isinstance(config.stage, PretrainConfig | DistillConfig | SftConfig):
+    if isinstance(config.stage, TRAINING_STAGES):
         config.stage.training.validate_batch(f"{key_prefix}stage.training", dp_size=1)
 
 

@@ -222,6 +222,9 @@ STAGE_CONFIGS: dict[str, type[StageConfig]] = {
 }
 """The group `stage` of a recipe's defaults list."""
 
+TRAINING_STAGES = (PretrainConfig, DistillConfig, SftConfig)
+"""Those that run on every rank; the others run on the first one while the rest wait."""
+
 PRODUCT_KINDS: dict[type[StageConfig], str] = {
     PrepareConfig: "data",
     PretrainConfig: "checkpoint",

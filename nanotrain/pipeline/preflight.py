@@ -11,7 +11,14 @@ from nanotrain.config.errors import UserError
 from nanotrain.config.load import LoadedEntry, LoadedRecipe
 from nanotrain.config.load_messages import shown_path
 from nanotrain.config.model import ModelConfig
-from nanotrain.config.stage import DistillConfig, PrepareConfig, PretrainConfig, PruneConfig, SftConfig
+from nanotrain.config.stage import (
+    TRAINING_STAGES,
+    DistillConfig,
+    PrepareConfig,
+    PretrainConfig,
+    PruneConfig,
+    SftConfig,
+)
 from nanotrain.data.manifest import check_sources, is_data_folder
 from nanotrain.pipeline.inputs import InputRef
 from nanotrain.pipeline.products import RECIPE_FILE, load_record
@@ -129,7 +136,7 @@ class Preflight:
             if model is None or load_record(self._recipe.output_dir / entry.name) is not None:
                 continue
             copies = 1
-            if isinstance(entry.config.stage, PretrainConfig | DistillConfig | SftConfig):
+            if isinstance(entry.config.stage, TRAINING_STAGES):
                 copies += _STATE_TENSORS * (entry.config.stage.training.keep_last + 1)
             needed += copies * count_parameters(model) * _FP32_BYTES
         output_dir = self._recipe.output_dir.absolute()

@@ -3,11 +3,14 @@
 Everything that can be refused is refused before the first stage starts; nothing is written until then.
 """
 
+import contextlib
+import errno
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,8 @@ import yaml
 from nanotrain.config.errors import UserError, nearest
 from nanotrain.config.load import LoadedEntry, LoadedRecipe
 from nanotrain.config.load_messages import shown_path
-from nanotrain.config.stage import PRODUCT_KINDS, StageConfig
-from nanotrain.pipeline.attempts import attempt
+from nanotrain.config.stage import PRODUCT_KINDS, TRAINING_STAGES, StageConfig
+from nanotrain.pipeline.attempts import Attempts, attempt
 from nanotrain.pipeline.fingerprint import fingerprint, package_version
 from nanotrain.pipeline.inputs import InputRef, resolve_inputs
 from nanotrain.pipeline.ownership import check_ownership, owned_folder
@@ -25,6 +28,7 @@ from nanotrain.pipeline.preflight import Preflight
 from nanotrain.pipeline.products import (
     RECIPE_FILE,
     RECORD_FILE,
+    FileStamp,
     StageRecord,
     changed_file,
     load_record,
@@ -33,6 +37,7 @@ from nanotrain.pipeline.products import (
     stamp_product,
 )
 from nanotrain.pipeline.status import State, Status, assess, entry_recipe_digest
+from nanotrain.runtime.distributed import current_world, on_first
 from nanotrain.runtime.files import folder_digest, remove_leftovers, write_bytes_atomic
 from nanotrain.runtime.run import Run
 
@@ -40,6 +45,10 @@ log = logging.getLogger("nanotrain")
 
 StageFunction = Callable[[Any, Run], Path]
 """Takes the stage's own config and the run, returns the product (a stage function of `nanotrain.stages`)."""
+
+_NOBODY: contextlib.nullcontext[None] = contextlib.nullcontext()
+"""Keeps the account of an entry on the other ranks."""
+_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 REPORT_FILES = ("report.html", "report.json")
 
@@ -67,6 +76,15 @@ def run_pipeline(
     Pipeline(recipe, stages, report, force).run()
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What is to be done for one entry; the first rank tells it to the others."""
+
+    run: Run
+    fingerprint: str
+    input_digests: dict[str, str]
+
+
 class Pipeline:
     """One call of `run_pipeline`."""
 
@@ -87,13 +105,21 @@ class Pipeline:
         self._read: set[Path] = set()
 
     def run(self) -> None:
-        self._check()
-        with owned_folder(self._recipe):
-            remove_leftovers(self._recipe.output_dir)
+        """Run on every rank: the first one decides and keeps the books, the others follow it."""
+        on_first(self._check)
+        with contextlib.ExitStack() as stack:
+            on_first(lambda: self._open(stack))
             for entry in self._recipe.entries:
                 self._bring_up_to_date(entry)
-            if not self._report_is_current():
-                self._report(self._recipe.output_dir)
+            on_first(self._write_missing_report)
+
+    def _open(self, stack: contextlib.ExitStack) -> None:
+        stack.enter_context(owned_folder(self._recipe))
+        remove_leftovers(self._recipe.output_dir)
+
+    def _write_missing_report(self) -> None:
+        if not self._report_is_current():
+            self._report(self._recipe.output_dir)
 
     def _check(self) -> None:
         """Refuse everything that can be refused without running a stage. Writes nothing."""
@@ -165,6 +191,17 @@ class Pipeline:
                 )
 
     def _bring_up_to_date(self, entry: LoadedEntry) -> None:
+        with _storage_errors_explained(self._folder(entry)):
+            work = on_first(lambda: self._begin(entry))
+            if work is None:
+                return
+            with attempt(work.run.folder, work.fingerprint) if current_world().is_first else _NOBODY as attempts:
+                product = self._call_stage(entry, work.run)
+                stamps = on_first(lambda: stamp_product(product))
+            on_first(lambda: self._finish(entry, work, product, stamps, attempts))
+
+    def _begin(self, entry: LoadedEntry) -> "_Work | None":
+        """Decide what is to be done, and make the folder ready for it; None = nothing."""
         folder = self._folder(entry)
         digests = self._input_digests(entry)
         status = assess(entry, folder, digests)
@@ -172,16 +209,11 @@ class Pipeline:
         forced = self._force == entry.name and status.record is not None
         if status.state is State.FINISHED and not forced:
             log.info("%s: finished before, nothing to do", entry.name)
-            return
+            return None
         if status.state is State.STALE or forced:
             log.info("%s: removing %s to make it again", entry.name, shown_path(folder))
             _remove(folder)
         self._verify_inputs(entry, set())
-        self._run_stage(entry, folder, digests)
-        self._made.add(entry.name)
-        self._report(self._recipe.output_dir)
-
-    def _run_stage(self, entry: LoadedEntry, folder: Path, digests: dict[str, str]) -> None:
         resumed = (folder / RECIPE_FILE).exists()
         log.info("%s: %s", entry.name, "resuming" if resumed else "starting")
         folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +221,6 @@ class Pipeline:
         recipe_yaml = yaml.safe_dump(entry.resolved, sort_keys=False, allow_unicode=True)
         write_bytes_atomic(folder / RECIPE_FILE, recipe_yaml.encode())
         config = entry.config
-        inputs = {ref.key: self._input_path(ref) for ref in self._inputs[entry.name]}
         run = Run(
             name=self._recipe.name,
             entry=entry.name,
@@ -197,28 +228,41 @@ class Pipeline:
             seed=config.seed,
             engine=config.engine,
             tracking=config.tracking,
-            inputs=inputs,
+            inputs={ref.key: self._input_path(ref) for ref in self._inputs[entry.name]},
         )
-        digest = entry_recipe_digest(entry)
-        wanted = fingerprint(digest, digests)
-        with attempt(folder, wanted) as attempts:
-            product = self._stages()[type(config.stage)](config.stage, run)
-            assert product.exists() and product != folder and product.is_relative_to(folder), (
+        return _Work(run, fingerprint(entry_recipe_digest(entry), digests), digests)
+
+    def _call_stage(self, entry: LoadedEntry, run: Run) -> Path:
+        stage = entry.config.stage
+
+        def call() -> Path:
+            product = self._stages()[type(stage)](stage, run)
+            assert product.exists() and product != run.folder and product.is_relative_to(run.folder), (
                 f"{product} of {entry.name}"
             )
-            stamps = stamp_product(product)
+            return product
+
+        return call() if isinstance(stage, TRAINING_STAGES) else on_first(call)
+
+    def _finish(
+        self, entry: LoadedEntry, work: "_Work", product: Path, stamps: dict[str, FileStamp], attempts: Attempts | None
+    ) -> None:
+        """Record the product, and bring the report up to date."""
+        assert attempts is not None
+        folder, stage = work.run.folder, type(entry.config.stage)
         entries = {ref.key: ref.entry for ref in self._inputs[entry.name]}
         record = StageRecord(
-            fingerprint=wanted,
-            recipe_digest=digest,
+            fingerprint=work.fingerprint,
+            recipe_digest=entry_recipe_digest(entry),
             entry=entry.name,
-            stage=type(config.stage).__name__,
-            kind=PRODUCT_KINDS[type(config.stage)],
+            stage=stage.__name__,
+            kind=PRODUCT_KINDS[stage],
             product=product.relative_to(folder).as_posix(),
             product_digest=product_digest(stamps),
             product_files=stamps,
             inputs={
-                key: {"path": str(path), "digest": digests[key], "entry": entries[key]} for key, path in inputs.items()
+                key: {"path": str(path), "digest": work.input_digests[key], "entry": entries[key]}
+                for key, path in work.run.inputs.items()
             },
             seconds=round(sum(attempts.seconds), 3),
             peak_memory_bytes=attempts.peak_memory_bytes,
@@ -227,6 +271,8 @@ class Pipeline:
         )
         save_record(folder, record)
         log.info("%s: finished in %.1f s", entry.name, record.seconds)
+        self._made.add(entry.name)
+        self._report(self._recipe.output_dir)
 
     def _report_is_current(self) -> bool:
         """True when the report was written after the last stage was finished."""
@@ -235,6 +281,20 @@ class Pipeline:
             return False
         records = [self._folder(entry) / RECORD_FILE for entry in self._recipe.entries]
         return min(f.stat().st_mtime_ns for f in files) >= max(r.stat().st_mtime_ns for r in records)
+
+
+@contextlib.contextmanager
+def _storage_errors_explained(folder: Path) -> Iterator[None]:
+    """Turn a disk that is full or read-only into one sentence; what was finished stays finished."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _STORAGE_ERRORS:
+            raise
+        raise UserError(
+            f"{shown_path(folder)} cannot be written ({error.strerror}); what was saved is intact: make room, and the"
+            " same command continues."
+        ) from error
 
 
 def _remove(folder: Path) -> None:

@@ -4,12 +4,16 @@ Engines make the groups that carry tensors. Decisions (skip this entry, save now
 long timeout, because the other ranks may wait for hours while the first one prepares data.
 """
 
+import hashlib
 import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from nanotrain.config.errors import UserError
+from nanotrain.runtime.signals import Preempted, Terminated
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -20,6 +24,12 @@ CONTROL_TIMEOUT = timedelta(days=14)
 """Of decisions; a rank that died is noticed at once, because its connection closes."""
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """Of tensors; a rank that hangs ends the others after it."""
+_POLL_SECONDS = 0.02
+"""Waiting for the first rank is done in Python, so that a signal is answered meanwhile."""
+
+
+class OtherRankFailed(Exception):
+    """The first rank failed with a defect, and shows it; this rank has nothing to add."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,69 @@ class World:
         return self.rank == 0
 
 
-_control: "ProcessGroup | None" = None
+class Channel:
+    """Decisions between the ranks by one thread of each; another thread opens its own, or messages would mix."""
+
+    def __init__(self, group: "ProcessGroup | None") -> None:
+        self._group = group
+
+    def from_first(self, value: T) -> T:
+        """Return the first rank's `value`, on every rank (any object that pickles)."""
+        if self._group is None:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def from_all(self, value: T) -> list[T]:
+        """Return every rank's `value` in the order of ranks, on every rank."""
+        if self._group is None:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def any_of(self, *flags: bool) -> tuple[bool, ...]:
+        """Return flag by flag whether it is set on some rank: one reduction of a few bytes."""
+        if self._group is None:
+            return flags
+        import torch
+        import torch.distributed as dist
+
+        numbers = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._group)
+        return tuple(bool(number) for number in numbers.tolist())
+
+    def wait_for_first(self) -> None:
+        """Return when the first rank has come here too; answers signals while it waits."""
+        if self._group is None:
+            return
+        import torch
+        import torch.distributed as dist
+
+        work = dist.broadcast(torch.zeros(1, dtype=torch.uint8), src=0, group=self._group, async_op=True)
+        assert work is not None
+        while not work.is_completed():
+            time.sleep(_POLL_SECONDS)
+        work.wait()
+
+
+_control = Channel(None)
+
+
+@dataclass(frozen=True)
+class _Outcome(Generic[T]):
+    """What a function did on the first rank."""
+
+    value: T | None = None
+    mistake: str | None = None
+    """Of the user: a UserError's sentence."""
+    stopped: bool = False
+    failed: bool = False
 
 
 def current_world() -> World:
@@ -71,7 +143,7 @@ def start_ranks(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     """
     global _control  # noqa: PLW0603 - one process belongs to one run
     world = current_world()
-    if world.size == 1 or _control is not None:
+    if world.size == 1 or _control._group is not None:
         return world
     import torch
     import torch.distributed as dist
@@ -84,50 +156,97 @@ def start_ranks(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
             backend = "cpu:gloo,cuda:nccl"
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=timeout)
-    _control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    _control = open_channel()
     return world
+
+
+def open_channel() -> Channel:
+    """Return a channel of its own for a thread; every rank opens it at the same place of its main thread."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return Channel(None)
+    return Channel(dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
 
 
 def stop_ranks() -> None:
     """Disconnect, so that the process ends without waiting for others."""
     global _control  # noqa: PLW0603
-    if _control is not None:
+    if _control._group is not None:
         import torch.distributed as dist
 
-        _control = None
+        _control = Channel(None)
         dist.destroy_process_group()
 
 
 def from_first(value: T) -> T:
     """Return the first rank's `value`, on every rank (any object that pickles)."""
-    if _control is None:
-        return value
-    import torch.distributed as dist
-
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=_control)
-    return box[0]
+    return _control.from_first(value)
 
 
 def from_all(value: T) -> list[T]:
     """Return every rank's `value` in the order of ranks, on every rank."""
-    if _control is None:
-        return [value]
-    import torch.distributed as dist
+    return _control.from_all(value)
 
-    values: list[T | None] = [None] * dist.get_world_size(_control)
-    dist.all_gather_object(values, value, group=_control)
-    return values  # type: ignore[return-value]  # all are filled
+
+def any_of(*flags: bool) -> tuple[bool, ...]:
+    """Return flag by flag whether it is set on some rank; the same answer everywhere."""
+    return _control.any_of(*flags)
 
 
 def on_any_rank(flag: bool) -> bool:
     """Return whether `flag` is set on some rank; the same answer everywhere."""
-    return any(from_all(flag))
+    return _control.any_of(flag)[0]
 
 
 def wait_for_all() -> None:
     """Return when every rank has come here."""
-    if _control is not None:
-        import torch.distributed as dist
+    _control.any_of(False)
 
-        dist.barrier(group=_control)
+
+def on_first(function: Callable[[], T]) -> T:
+    """Call `function` on the first rank only and return its value, on every rank, however long it takes.
+
+    Raises:
+        UserError: the first rank raised one; on every rank.
+        Terminated: the first rank was stopped by a signal; there its own exception, on the others this one.
+        OtherRankFailed: on the other ranks, when the first one raised anything else.
+    """
+    if _control._group is None:
+        return function()
+    if current_world().is_first:
+        outcome: _Outcome[T] = _Outcome(failed=True)
+        try:
+            outcome = _Outcome(function())
+        except UserError as error:
+            outcome = _Outcome(mistake=str(error))
+            raise
+        except (Preempted, Terminated, KeyboardInterrupt):
+            outcome = _Outcome(stopped=True)
+            raise
+        finally:
+            _control.wait_for_first()
+            outcome = _control.from_first(outcome)
+        return outcome.value  # type: ignore[return-value]  # None only where the function returned it
+    _control.wait_for_first()
+    told: _Outcome[T] = _control.from_first(_Outcome())
+    if told.mistake is not None:
+        raise UserError(told.mistake)
+    if told.stopped:
+        raise Terminated
+    if told.failed:
+        raise OtherRankFailed
+    return told.value  # type: ignore[return-value]
+
+
+def is_first_to_say(sentence: str) -> bool:
+    """Return True on the rank that asks first, so that what all ranks have to say is said once."""
+    if _control._group is None:
+        return current_world().is_first
+    from torch.distributed import distributed_c10d
+
+    key = hashlib.sha256(sentence.encode()).hexdigest()
+    try:
+        return distributed_c10d._get_default_store().add(f"said/{key}", 1) == 1
+    except RuntimeError:  # the rank that kept the store has gone: better twice than never
+        return True

@@ -27,14 +27,17 @@ class _LevelFormatter(logging.Formatter):
         return line if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {line}"
 
 
-def set_up_logging(level: int = logging.INFO) -> None:
-    """Send the package's log to stderr; calling it again changes the level only."""
+def set_up_logging(level: int = logging.INFO, rank: int = 0) -> None:
+    """Send the package's log to stderr; calling it again changes the level only.
+
+    The first rank speaks for all; the others report errors only, under their number.
+    """
     logger = logging.getLogger("nanotrain")
-    logger.setLevel(level)
+    logger.setLevel(level if rank == 0 else max(level, logging.ERROR))
     logger.propagate = False
     if not any(isinstance(handler, _ProgressSafeHandler) for handler in logger.handlers):
         handler = _ProgressSafeHandler()
-        handler.setFormatter(_LevelFormatter(FORMAT, datefmt="%H:%M:%S"))
+        handler.setFormatter(_LevelFormatter(FORMAT if rank == 0 else f"rank {rank}: {FORMAT}", datefmt="%H:%M:%S"))
         logger.addHandler(handler)
 
 

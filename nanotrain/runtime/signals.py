@@ -17,6 +17,18 @@ class Preempted(Exception):
         self.step = step
 
 
+class Terminated(BaseException):
+    """A scheduler's signal outside the training loop, which has a handler of its own.
+
+    Such stages have written every finished work item already, so stopping at once loses no more than one item.
+    """
+
+
+def terminate(number: int, frame: FrameType | None) -> None:
+    """Handle a signal by raising Terminated."""
+    raise Terminated
+
+
 class PreemptionGuard:
     """While entered, the first signal is remembered in `received`; a second Ctrl-C interrupts at once.
 
