@@ -6,7 +6,18 @@ from dataclasses import dataclass, field
 from nanotrain.config.errors import UserError
 
 _TIME = re.compile(r"(\d+-)?\d{1,2}:\d{2}:\d{2}|\d+")
-_MANAGED = ("dependency", "requeue", "no-requeue", "signal", "output", "error", "open-mode", "job-name", "wrap", "array")
+_MANAGED = (
+    "dependency",
+    "requeue",
+    "no-requeue",
+    "signal",
+    "output",
+    "error",
+    "open-mode",
+    "job-name",
+    "wrap",
+    "array",
+)
 
 
 @dataclass

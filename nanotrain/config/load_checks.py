@@ -17,9 +17,22 @@ from nanotrain.config.stage import STAGE_CONFIGS, TRAINING_STAGES, PretrainConfi
 _ENTRY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 RESERVED = frozenset(
-    {"name", "seed", "output_dir", "engine", "tracking", "cluster", "stage", "pipeline", "hydra", "defaults", "previous"}
+    {
+        "name",
+        "seed",
+        "output_dir",
+        "engine",
+        "tracking",
+        "cluster",
+        "stage",
+        "pipeline",
+        "hydra",
+        "defaults",
+        "previous",
+        "slurm",
+    }
 )
-"""Names that an entry of a pipeline must not have, because they mean something on the command line."""
+"""Names that an entry of a pipeline must not have: they mean something on the command line, or are a folder of the run."""
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

@@ -32,6 +32,15 @@ export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
 export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE={ranks}
 """
 
+# srun ends all ranks when one fails; those that have saved give the others time to come to their own end. The shell
+# must outlive a signal to hand on the exit code.
+_RANK = """\
+trap : USR1 TERM
+RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID "$@"
+code=$?
+((code == 75)) && sleep 5
+exit $code"""
+
 _AGAIN = """\
 code=$?
 restarts=${{SLURM_RESTART_COUNT:-0}}
@@ -70,14 +79,13 @@ def _script(recipe: LoadedRecipe, entry: LoadedEntry, overrides: list[str]) -> s
     ranks = cluster.ranks if isinstance(entry.config.stage, TRAINING_STAGES) else 1
     only = ["--only", entry.name] if recipe.is_pipeline else []
     command = [sys.executable, "-m", "nanotrain", "run", *only, "--", str(recipe.file), *overrides]
-    start = 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in _options(recipe, entry, cluster, ranks)),
         "",
         *cluster.setup,
         _RANKS.format(ranks=ranks),
-        f"srun --kill-on-bad-exit=1 bash -c {shlex.quote(start)} rank \\\n  {shlex.join(command)}",
+        f"srun --kill-on-bad-exit=1 bash -c {shlex.quote(_RANK)} rank \\\n  {shlex.join(command)}",
         _AGAIN.format(max_restarts=cluster.max_restarts),
     ]
     return "\n".join(lines)
@@ -107,7 +115,10 @@ def _options(recipe: LoadedRecipe, entry: LoadedEntry, cluster: ClusterConfig, r
         options.append(f"--partition={cluster.partition}")
     if cluster.account:
         options.append(f"--account={cluster.account}")
-    return [*options, *cluster.sbatch]
+    quoted = [
+        f"{name}={shlex.quote(value)}" if value else name for name, _, value in (o.partition("=") for o in options)
+    ]
+    return [*quoted, *cluster.sbatch]
 
 
 def submit(recipe: LoadedRecipe, jobs: list[Job]) -> list[tuple[str, str]]:
