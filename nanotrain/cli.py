@@ -1,10 +1,11 @@
-"""The command line: `nanotrain run | report | chat | export`.
+"""The command line: `nanotrain run | submit | report | chat | export`.
 
 Help comes in a blink: PyTorch and Hydra are imported by the command that needs them.
 Exit codes: 0 done, 1 our defect (with its traceback), 2 the user can mend it (one sentence), 75 preempted and saved.
 """
 
 import argparse
+import itertools
 import re
 import signal
 import sys
@@ -36,7 +37,7 @@ DEFAULT_CHECK_STEPS = 6
 _RUN_EPILOG = """\
 overrides are Hydra's: key=value, +key=value, ~key, group=choice, lists [a,b], mappings {a:1}.
   a stage recipe:  stage.training.steps=50   engine=torch_cpu   output_dir=runs/mine
-  a pipeline:      pretrain.stage.training.steps=50   (entry first; name, seed, output_dir, engine, tracking without)
+  a pipeline:      pretrain.stage.training.steps=50   (entry first; name, seed, output_dir, engine, tracking, cluster without)
 
 examples:
   nanotrain run recipes/quickstart/pipeline.yaml
@@ -89,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ENTRY",
         help="make stale products again; with ENTRY, make that one again even if it is up to date",
     )
-    run.add_argument("--only", metavar="ENTRY", help="run this entry of a pipeline alone, on what those before it left")
+    run.add_argument(
+        "--only", metavar="ENTRY", help="run this entry of a pipeline; what it starts from must be finished"
+    )
     run.add_argument(
         "--resume-check",
         nargs="?",
@@ -104,6 +107,17 @@ def _parser() -> argparse.ArgumentParser:
         "-m", "--multirun", action="store_true", help="expand a=1,2 range() choice() into runs, one after the other"
     )
     run.set_defaults(command=_run)
+
+    submit = commands.add_parser(
+        "submit",
+        help="run a recipe on a SLURM cluster: a chain of one job an entry",
+        description="Submits a job for each unfinished entry; each starts when the one before it has succeeded.",
+        epilog="Nodes, GPUs and time come from `cluster=<choice>` and `<entry>.cluster.<key>=value` (configs/cluster/).",
+    )
+    submit.add_argument("recipe", metavar="RECIPE", help="as for run")
+    submit.add_argument("overrides", nargs="*", metavar="key=value", help="as for run")
+    submit.add_argument("--dry-run", action="store_true", help="print the job scripts and submit nothing")
+    submit.set_defaults(command=_submit)
 
     report = commands.add_parser("report", help="write report.html and report.json of a run again")
     report.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="output folder of a run, such as runs/quickstart")
@@ -134,29 +148,29 @@ def _non_negative(text: str) -> int:
 
 
 def _flags_first(argv: list[str]) -> list[str]:
-    """Let the flags of `run` stand anywhere between the overrides, which argparse alone does not.
+    """Let the flags of `run` and `submit` stand anywhere between the overrides, which argparse alone does not.
 
     `--force` takes the word after it only if that can be an entry's name: not an override, a flag or a recipe; `--only`
     takes any, and `--resume-check` a number.
     """
-    if not argv or argv[0] != "run":
+    if not argv or argv[0] not in ("run", "submit"):
         return argv
     flags, positionals = [], []
     words = iter(argv[1:])
     for word in words:
         if word == "--":
             positionals += list(words)
+        elif word == "--only":
+            flags += [word, *itertools.islice(words, 1)]
         elif word == "--force":
             flags.append(word)
-        elif word == "--only":
-            flags.append(f"--only={next(words, '')}")
         elif flags and flags[-1] == "--resume-check" and word.isdecimal():
             flags[-1] = f"--resume-check={word}"
         elif flags and flags[-1] == "--force" and word is not argv[0] and re.fullmatch(r"[A-Za-z0-9][\w-]*", word):
             flags[-1] = f"--force={word}"
         else:
             (flags if word.startswith("-") and word != "-" else positionals).append(word)
-    return ["run", *flags, "--", *positionals]
+    return [argv[0], *flags, "--", *positionals]
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -221,6 +235,24 @@ def _run_one(recipe: "LoadedRecipe", options: argparse.Namespace) -> int:
     run_pipeline(recipe, _stages, report=_build_report, force=force, only=options.only)
     if current_world().is_first:
         print(recipe.output_dir / "report.html")
+    return 0
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from nanotrain.config.load import load_recipe
+    from nanotrain.pipeline.run import Pipeline
+    from nanotrain.pipeline.slurm import build_jobs, submit
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    jobs = build_jobs(recipe, Pipeline(recipe, _stages, _build_report).check(), options.overrides)
+    if options.dry_run:
+        for job in jobs:
+            print(f"# {job.entry}\n{job.script}")
+    else:
+        for entry, number in submit(recipe, jobs):
+            print(f"{number} {entry}")
+    if not jobs:
+        print(f"{recipe.output_dir}: every entry is finished, nothing to submit", file=sys.stderr)
     return 0
 
 

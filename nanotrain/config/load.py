@@ -38,7 +38,7 @@ from nanotrain.config.run import PipelineConfig, RecipeConfig
 from nanotrain.config.shipped import package_folder
 from nanotrain.config.stage import STAGE_CONFIGS
 
-SHARED_GROUPS = {"engine": "torch", "tracking": "none"}
+SHARED_GROUPS = {"engine": "torch", "tracking": "none", "cluster": "one_node"}
 """Groups of every recipe with their default choice; in a pipeline their overrides apply to every entry."""
 
 
@@ -103,7 +103,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Args:
         path: the recipe, relative to the working directory or among the shipped recipes.
         overrides: Hydra overrides. In a pipeline a key starts with `<entry>.`, except `name`, `seed`, `output_dir`,
-            and `engine...` and `tracking...`, which apply to every entry.
+            and `engine...`, `tracking...` and `cluster...`, which apply to every entry.
 
     Raises:
         UserError: anything that the user can mend; nothing has been written.
@@ -183,7 +183,7 @@ def _load_pipeline(file: Path, raw: dict[str, Any], overrides: list[Override]) -
                 )
             raise UserError(
                 f"`{override.text}`: in a pipeline a key is `<entry>.<key of its recipe>`, or one of name, seed,"
-                f" output_dir, engine, tracking; {nearest(override.head, heads)}"
+                f" output_dir, engine, tracking, cluster; {nearest(override.head, heads)}"
             )
     shared = [override for override in overrides if override.head in SHARED_GROUPS]
     entries = []
@@ -293,7 +293,7 @@ def _register_schema() -> None:
 
 
 def _register_recipe_defaults(defaults: list[Any]) -> None:
-    """Make `recipe` the schema with a choice of engine and tracking, so that `engine=<choice>` works on every recipe.
+    """Make `recipe` the schema with a choice of engine, tracking and cluster, so that `engine=<choice>` works on every recipe.
 
     A recipe may choose for itself with `- /engine: <choice>`; Hydra refuses two choices, so ours then stays out.
     """

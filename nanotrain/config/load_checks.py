@@ -17,9 +17,22 @@ from nanotrain.config.stage import STAGE_CONFIGS, TRAINING_STAGES, PretrainConfi
 _ENTRY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 RESERVED = frozenset(
-    {"name", "seed", "output_dir", "engine", "tracking", "stage", "pipeline", "hydra", "defaults", "previous"}
+    {
+        "name",
+        "seed",
+        "output_dir",
+        "engine",
+        "tracking",
+        "cluster",
+        "stage",
+        "pipeline",
+        "hydra",
+        "defaults",
+        "previous",
+        "slurm",
+    }
 )
-"""Names that an entry of a pipeline must not have, because they mean something on the command line."""
+"""Names that an entry of a pipeline must not have: they mean something on the command line, or are a folder of the run."""
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -104,6 +117,7 @@ def instantiate(node: Any) -> Any:
 def validate(config: RecipeConfig, key_prefix: str) -> None:
     config.engine.validate(f"{key_prefix}engine")
     config.tracking.validate(f"{key_prefix}tracking")
+    config.cluster.validate(f"{key_prefix}cluster")
     config.stage.validate(f"{key_prefix}stage")
     if isinstance(config.stage, TRAINING_STAGES):
         config.stage.training.validate_batch(f"{key_prefix}stage.training", dp_size=1)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from nanotrain.config.cluster import ClusterConfig
 from nanotrain.config.engine import EngineConfig, TrackingConfig
 from nanotrain.config.stage import StageConfig
 
@@ -19,6 +20,8 @@ class RecipeConfig:
     """The run's folder; a stage's product is <output_dir>/<entry>/hf/."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """For launch/slurm.sh only."""
     stage: StageConfig = MISSING
 
 
