@@ -74,6 +74,42 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nanotrain", description="Trains small hybrid Mamba-2 reasoning models.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
+    _add_run(commands)
+
+    submit = commands.add_parser(
+        "submit",
+        help="run a recipe on a SLURM cluster: a chain of one job an entry",
+        description="Submits a job for each unfinished entry; each starts when the one before it has succeeded.",
+        epilog="Nodes, GPUs and time come from `cluster=<choice>` and `<entry>.cluster.<key>=value` (configs/cluster/).",
+    )
+    submit.add_argument("recipe", metavar="RECIPE", help="as for run")
+    submit.add_argument("overrides", nargs="*", metavar="key=value", help="as for run")
+    submit.add_argument("--dry-run", action="store_true", help="print the job scripts and submit nothing")
+    submit.set_defaults(command=_submit)
+
+    report = commands.add_parser("report", help="write report.html and report.json of a run again")
+    report.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="output folder of a run, such as runs/quickstart")
+    report.set_defaults(command=_report)
+
+    chat = commands.add_parser("chat", help="talk to a model")
+    chat.add_argument("folder", metavar="HF_FOLDER", type=Path, help="checkpoint, such as runs/quickstart/export/hf")
+    chat.add_argument(
+        "--thinking-budget", type=_non_negative, metavar="N", help="tokens of reasoning before the answer is asked for"
+    )
+    chat.add_argument("--no-think", action="store_true", help="answer without reasoning")
+    chat.set_defaults(command=_chat)
+
+    export = commands.add_parser("export", help="write a checkpoint as a verified Hugging Face folder")
+    export.add_argument("folder", metavar="HF_FOLDER", type=Path, help="checkpoint to export")
+    export.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write; must not exist")
+    export.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the weights (default: bfloat16)"
+    )
+    export.set_defaults(command=_export)
+    return parser
+
+
+def _add_run(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     run = commands.add_parser(
         "run",
         help="run a recipe: one stage or a whole pipeline",
@@ -107,38 +143,6 @@ def _parser() -> argparse.ArgumentParser:
         "-m", "--multirun", action="store_true", help="expand a=1,2 range() choice() into runs, one after the other"
     )
     run.set_defaults(command=_run)
-
-    submit = commands.add_parser(
-        "submit",
-        help="run a recipe on a SLURM cluster: a chain of one job an entry",
-        description="Submits a job for each unfinished entry; each starts when the one before it has succeeded.",
-        epilog="Nodes, GPUs and time come from `cluster=<choice>` and `<entry>.cluster.<key>=value` (configs/cluster/).",
-    )
-    submit.add_argument("recipe", metavar="RECIPE", help="as for run")
-    submit.add_argument("overrides", nargs="*", metavar="key=value", help="as for run")
-    submit.add_argument("--dry-run", action="store_true", help="print the job scripts and submit nothing")
-    submit.set_defaults(command=_submit)
-
-    report = commands.add_parser("report", help="write report.html and report.json of a run again")
-    report.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="output folder of a run, such as runs/quickstart")
-    report.set_defaults(command=_report)
-
-    chat = commands.add_parser("chat", help="talk to a model")
-    chat.add_argument("folder", metavar="HF_FOLDER", type=Path, help="checkpoint, such as runs/quickstart/export/hf")
-    chat.add_argument(
-        "--thinking-budget", type=_non_negative, metavar="N", help="tokens of reasoning before the answer is asked for"
-    )
-    chat.add_argument("--no-think", action="store_true", help="answer without reasoning")
-    chat.set_defaults(command=_chat)
-
-    export = commands.add_parser("export", help="write a checkpoint as a verified Hugging Face folder")
-    export.add_argument("folder", metavar="HF_FOLDER", type=Path, help="checkpoint to export")
-    export.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write; must not exist")
-    export.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the weights (default: bfloat16)"
-    )
-    export.set_defaults(command=_export)
-    return parser
 
 
 def _non_negative(text: str) -> int:
