@@ -120,6 +120,27 @@ def test_a_mistake_is_said_once_and_every_rank_ends_with_it(short, tmp_path):
     assert ranks.output.count("nanotrain: ") == 1 and "stepz" in ranks.output
 
 
+def test_two_ranks_prove_their_resume_on_a_recipe_of_the_user(short, tmp_path):
+    data = short._folder / "calm/prepare/data"
+    own = [text.removeprefix("pretrain.") for text in short_settings(STEPS) if text.startswith("pretrain.")]
+    recipe = str(Path(RECIPE).with_name("pretrain.yaml"))
+    arguments = [
+        "run",
+        recipe,
+        "engine=torch_cpu",
+        *own,
+        f"stage.data_from='{data}'",
+        f"output_dir='{tmp_path / 'run'}'",
+    ]
+    ranks = Ranks([*arguments, "--resume-check", "4"], 2, short._wheels, tmp_path / "logs")
+    try:
+        assert ranks.wait(60) == [0, 0], ranks.output[-3000:]
+    finally:
+        ranks.kill()
+    assert ranks.output.count("pretrain: resumed after step 2 of 4, equal bit for bit") == 1
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize(("size", "kills"), [(1, 70), (2, 70), (4, 60)])
