@@ -25,7 +25,7 @@ from tests.end_to_end.ranks_of_a_run import (
 )
 
 pytestmark = pytest.mark.xdist_group("faults")  # one worker: the warm process and the undisturbed run are made once
-STEPS = 6
+STEPS = 5
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +41,9 @@ def short(wheels, tmp_path_factory) -> Campaign:
 
 
 def test_killed_at_random_moments_two_ranks_end_in_the_same_bytes(short):
-    outcome = short.run(kills=5)
-    assert outcome.kills >= 5 and outcome.runs >= 1
+    outcome = short.run(kills=3)
+    assert outcome.kills >= 3 and outcome.runs >= 1
     assert outcome.longest_end_seconds < 60
-    print(outcome, f"undisturbed {short._seconds:.1f} s")
 
 
 def test_every_damage_to_a_real_state_is_found_and_the_state_before_it_is_used(short, tmp_path):
