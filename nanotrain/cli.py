@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 our defect (with its traceback), 2 the user can mend it (o
 """
 
 import argparse
+import itertools
 import re
 import signal
 import sys
@@ -37,7 +38,7 @@ DEFAULT_CHECK_STEPS = 6
 _RUN_EPILOG = """\
 overrides are Hydra's: key=value, +key=value, ~key, group=choice, lists [a,b], mappings {a:1}.
   a stage recipe:  stage.training.steps=50   engine=torch_cpu   output_dir=runs/mine
-  a pipeline:      pretrain.stage.training.steps=50   (entry first; name, seed, output_dir, engine, tracking without)
+  a pipeline:      pretrain.stage.training.steps=50   (entry first; name, seed, output_dir, engine, tracking, cluster without)
 
 examples:
   nanotrain run recipes/quickstart/pipeline.yaml
@@ -75,42 +76,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nanotrain", description="Trains small hybrid Mamba-2 reasoning models.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    run = commands.add_parser(
-        "run",
-        help="run a recipe: one stage or a whole pipeline",
-        description="Runs a stage recipe or a pipeline recipe.",
-        epilog=_RUN_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    run.add_argument("recipe", metavar="RECIPE", help="YAML file; recipes shipped with the package need no checkout")
-    run.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
-    run.add_argument(
-        "--force",
-        nargs="?",
-        const="",
-        metavar="ENTRY",
-        help="make stale products again; with ENTRY, make that one again even if it is up to date",
-    )
-    run.add_argument("--only", metavar="ENTRY", help="run this entry of a pipeline alone, on what those before it left")
-    run.add_argument(
-        "--resume-check",
-        nargs="?",
-        const=DEFAULT_CHECK_STEPS,
-        type=int,
-        metavar="STEPS",
-        help=f"prove on your own recipe, in a scratch folder, that a training cut in the middle of so many steps"
-        f" (default: {DEFAULT_CHECK_STEPS}) and resumed equals one that was not",
-    )
-    run.add_argument("--cfg", action="store_true", help="print the composed recipe and stop")
-    run.add_argument(
-        "-m", "--multirun", action="store_true", help="expand a=1,2 range() choice() into runs, one after the other"
-    )
-    run.set_defaults(command=_run)
+    _add_run(commands)
 
-    submit = commands.add_parser("submit", help="submit a recipe to SLURM as a chain of jobs, one an entry")
-    submit.add_argument("recipe", metavar="RECIPE", help="YAML file; `cluster` in it says what to ask for")
-    submit.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
-    submit.add_argument("--dry-run", action="store_true", help="print the batch scripts and stop")
+    submit = commands.add_parser(
+        "submit",
+        help="run a recipe on a SLURM cluster: a chain of one job an entry",
+        description="Submits a job for each unfinished entry; each starts when the one before it has succeeded.",
+        epilog="Nodes, GPUs and time come from `cluster=<choice>` and `<entry>.cluster.<key>=value` (configs/cluster/).",
+    )
+    submit.add_argument("recipe", metavar="RECIPE", help="as for run")
+    submit.add_argument("overrides", nargs="*", metavar="key=value", help="as for run")
+    submit.add_argument("--dry-run", action="store_true", help="print the job scripts and submit nothing")
     submit.set_defaults(command=_submit)
 
     report = commands.add_parser("report", help="write report.html and report.json of a run again")
@@ -135,6 +111,42 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_run(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    run = commands.add_parser(
+        "run",
+        help="run a recipe: one stage or a whole pipeline",
+        description="Runs a stage recipe or a pipeline recipe.",
+        epilog=_RUN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument("recipe", metavar="RECIPE", help="YAML file; recipes shipped with the package need no checkout")
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    run.add_argument(
+        "--force",
+        nargs="?",
+        const="",
+        metavar="ENTRY",
+        help="make stale products again; with ENTRY, make that one again even if it is up to date",
+    )
+    run.add_argument(
+        "--only", metavar="ENTRY", help="run this entry of a pipeline; what it starts from must be finished"
+    )
+    run.add_argument(
+        "--resume-check",
+        nargs="?",
+        const=DEFAULT_CHECK_STEPS,
+        type=int,
+        metavar="STEPS",
+        help=f"prove on your own recipe, in a scratch folder, that a training cut in the middle of so many steps"
+        f" (default: {DEFAULT_CHECK_STEPS}) and resumed equals one that was not",
+    )
+    run.add_argument("--cfg", action="store_true", help="print the composed recipe and stop")
+    run.add_argument(
+        "-m", "--multirun", action="store_true", help="expand a=1,2 range() choice() into runs, one after the other"
+    )
+    run.set_defaults(command=_run)
+
+
 def _non_negative(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 0")
@@ -154,10 +166,10 @@ def _flags_first(argv: list[str]) -> list[str]:
     for word in words:
         if word == "--":
             positionals += list(words)
+        elif word == "--only":
+            flags += [word, *itertools.islice(words, 1)]
         elif word == "--force":
             flags.append(word)
-        elif word == "--only":
-            flags.append(f"--only={next(words, '')}")
         elif flags and flags[-1] == "--resume-check" and word.isdecimal():
             flags[-1] = f"--resume-check={word}"
         elif flags and flags[-1] == "--force" and word is not argv[0] and re.fullmatch(r"[A-Za-z0-9][\w-]*", word):
@@ -234,15 +246,19 @@ def _run_one(recipe: "LoadedRecipe", options: argparse.Namespace) -> int:
 
 def _submit(options: argparse.Namespace) -> int:
     from nanotrain.config.load import load_recipe
+    from nanotrain.pipeline.run import Pipeline
     from nanotrain.pipeline.slurm import build_jobs, submit
 
     recipe = load_recipe(options.recipe, options.overrides)
-    jobs = build_jobs(recipe, options.recipe, options.overrides)
+    jobs = build_jobs(recipe, Pipeline(recipe, _stages, _build_report).check(), options.overrides)
     if options.dry_run:
-        print("\n".join(job.script for job in jobs), end="")
-        return 0
-    for job, number in zip(jobs, submit(recipe, jobs), strict=True):
-        print(f"{job.entry}: job {number}")
+        for job in jobs:
+            print(f"# {job.entry}\n{job.script}")
+    else:
+        for entry, number in submit(recipe, jobs):
+            print(f"{number} {entry}")
+    if not jobs:
+        print(f"{recipe.output_dir}: every entry is finished, nothing to submit", file=sys.stderr)
     return 0
 
 

@@ -1,48 +1,74 @@
-"""What launch/slurm.sh asks the cluster for; changes nothing of what a run computes."""
+"""What a stage asks of a SLURM cluster; read by launch/slurm.sh, no part of what a run computes."""
 
+import re
 from dataclasses import dataclass, field
 
 from nanotrain.config.errors import UserError
 
+_TIME = re.compile(r"(\d+-)?\d{1,2}:\d{2}:\d{2}|\d+")
+_MANAGED = (
+    "dependency",
+    "requeue",
+    "no-requeue",
+    "signal",
+    "output",
+    "error",
+    "open-mode",
+    "job-name",
+    "wrap",
+    "array",
+)
+
 
 @dataclass
 class ClusterConfig:
-    """The group `cluster` (configs/cluster/). Stages that do not train always take one node and one rank."""
+    """The group `cluster` (configs/cluster/). Stages that do not train take one node and one rank of it."""
 
     nodes: int = 1
-    ranks_per_node: int = 1
-    """One rank a GPU."""
-    cpus_per_rank: int = 1
-    gpus_per_node: int = 0
-    time_minutes: int = 60
-    """Limit of one job; one that comes to it saves, and continues in the queue as the same job."""
-    signal_seconds: int = 120
-    """The ranks are told so long before the limit; must cover one step and one save."""
-    restarts: int = 3
-    """Within a job, from the newest state, after a rank has died."""
+    """Of a stage that trains."""
+    gpus_per_node: int = 8
+    """0 = ranks on CPUs."""
+    ranks_per_node: int = 0
+    """0 = one for each GPU, one where there is none."""
+    cpus_per_rank: int = 0
+    """0 = what the cluster gives by default."""
+    time_limit: str = "04:00:00"
+    """Of one job, in SLURM's form (minutes, hours:minutes:seconds, days-hours:minutes:seconds); a stage that needs longer
+    saves, is requeued and continues."""
+    signal_seconds: int = 300
+    """So long before the time limit the ranks are told to save and stop."""
+    max_restarts: int = 3
+    """A job that failed is put back into the queue so many times; one that was stopped and has saved, always."""
     partition: str = ""
     account: str = ""
-    extra: list[str] = field(default_factory=list)
-    """Further options of sbatch, such as `--exclusive`."""
+    sbatch: list[str] = field(default_factory=list)
+    """Further options of sbatch, for example `--constraint=h100`."""
     setup: list[str] = field(default_factory=list)
-    """Shell lines before the start, such as `module load cuda`."""
+    """Lines of shell that run on the first node before the ranks start, for example `module load cuda`."""
+
+    @property
+    def ranks(self) -> int:
+        """Ranks on each node."""
+        return self.ranks_per_node or self.gpus_per_node or 1
 
     def validate(self, path: str) -> None:
-        """Raise UserError when SLURM could not carry it out."""
-        least = {"nodes": 1, "ranks_per_node": 1, "cpus_per_rank": 1, "gpus_per_node": 0, "time_minutes": 1}
-        for name, minimum in (least | {"signal_seconds": 1, "restarts": 0}).items():
-            if self.__dict__[name] < minimum:
-                raise UserError(f"`{path}.{name}` ({self.__dict__[name]}) must be at least {minimum}.")
-        if self.signal_seconds >= 60 * self.time_minutes:
+        """Raise UserError when a value is out of range or an option would undo what the launcher relies on."""
+        minimum = {"nodes": 1, "gpus_per_node": 0, "ranks_per_node": 0, "cpus_per_rank": 0}
+        minimum |= {"signal_seconds": 1, "max_restarts": 0}
+        for name, least in minimum.items():
+            if self.__dict__[name] < least:
+                raise UserError(f"`{path}.{name}` ({self.__dict__[name]}) must be at least {least}.")
+        if not _TIME.fullmatch(self.time_limit):
             raise UserError(
-                f"`{path}.signal_seconds` ({self.signal_seconds}) must be less than `time_minutes` ({self.time_minutes}), or"
-                " every job would be told to stop when it starts."
+                f"`{path}.time_limit` ({self.time_limit}) must be minutes, hours:minutes:seconds or"
+                " days-hours:minutes:seconds, for example 04:00:00."
             )
-        if self.gpus_per_node and self.ranks_per_node != self.gpus_per_node:
-            raise UserError(
-                f"`{path}.ranks_per_node` ({self.ranks_per_node}) must equal `gpus_per_node` ({self.gpus_per_node}): one rank"
-                " a GPU."
-            )
-        for option in self.extra:
-            if not option.startswith("--") or "\n" in option:
-                raise UserError(f"`{path}.extra` ({option!r}) must list options of sbatch, each starting with `--`.")
+        for option in self.sbatch:
+            name = option.removeprefix("--").split("=")[0]
+            if not option.startswith("--") or any(letter.isspace() for letter in option):
+                raise UserError(f"`{path}.sbatch` holds {option!r}; write each option as --name or --name=value.")
+            if name in _MANAGED:
+                raise UserError(
+                    f"`{path}.sbatch` holds --{name}, which the launcher sets itself; remove it, or write the job"
+                    " scripts by hand from `--dry-run`."
+                )

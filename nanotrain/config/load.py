@@ -183,7 +183,7 @@ def _load_pipeline(file: Path, raw: dict[str, Any], overrides: list[Override]) -
                 )
             raise UserError(
                 f"`{override.text}`: in a pipeline a key is `<entry>.<key of its recipe>`, or one of name, seed,"
-                f" output_dir, {', '.join(SHARED_GROUPS)}; {nearest(override.head, heads)}"
+                f" output_dir, engine, tracking, cluster; {nearest(override.head, heads)}"
             )
     shared = [override for override in overrides if override.head in SHARED_GROUPS]
     entries = []

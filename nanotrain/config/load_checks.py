@@ -29,9 +29,10 @@ RESERVED = frozenset(
         "hydra",
         "defaults",
         "previous",
+        "slurm",
     }
 )
-"""Names that an entry of a pipeline must not have, because they mean something on the command line."""
+"""Names that an entry of a pipeline must not have: they mean something on the command line, or are a folder of the run."""
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ class RecipeConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """For launch/slurm.sh only."""
     stage: StageConfig = MISSING
 
 

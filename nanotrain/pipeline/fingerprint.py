@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 _IGNORED_KEYS = ("name", "output_dir", "tracking", "cluster")
-"""Where a run lies, what it is called, who watches it and what machines it asks for do not change its product."""
+"""Where a run lies, what it is called, who watches it and what queue it waits in do not change its product."""
 
 _IGNORED_TRAINING_KEYS = ("save_interval_seconds", "keep_last", "on_save_failure", "watchdog_seconds")
 """How a training survives does not change what it learns, and may be changed between two attempts."""

@@ -137,7 +137,9 @@ class Preflight:
                 continue
             copies = 1
             if isinstance(entry.config.stage, TRAINING_STAGES):
-                copies += _STATE_TENSORS * (entry.config.stage.training.keep_last + 1)
+                training = entry.config.stage.training
+                kept_for_good = training.steps // training.keep_every if training.keep_every else 0
+                copies += _STATE_TENSORS * (training.keep_last + 1 + kept_for_good)
             needed += copies * count_parameters(model) * _FP32_BYTES
         output_dir = self._recipe.output_dir.absolute()
         existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())

@@ -69,7 +69,7 @@ def run_pipeline(
         report: writes the report of an output folder; called after every stage.
         force: True = make stale entries again; an entry's name = make that one again even if it is finished, and
             those that follow from it.
-        only: bring this entry alone up to date, from what those before it have left: a job of its own.
+        only: the one entry of a pipeline that is brought up to date; what it starts from must be finished.
 
     Raises:
         UserError: anything that the user can mend.
@@ -95,7 +95,7 @@ class Pipeline:
         recipe: LoadedRecipe,
         stages: Callable[[], Mapping[type[StageConfig], StageFunction]],
         report: Callable[[Path], None],
-        force: bool | str,
+        force: bool | str = False,
         only: str | None = None,
     ) -> None:
         self._recipe = recipe
@@ -103,6 +103,7 @@ class Pipeline:
         self._report = report
         self._force = force
         self._only = only
+        self._entries = [entry for entry in recipe.entries if only in (None, entry.name)]
         self._inputs: dict[str, list[InputRef]] = {}
         self._external_digests: dict[Path, str] = {}
         self._made: set[str] = set()
@@ -110,12 +111,11 @@ class Pipeline:
 
     def run(self) -> None:
         """Run on every rank: the first one decides and keeps the books, the others follow it."""
-        on_first(self._check)
+        on_first(self.check)
         with contextlib.ExitStack() as stack:
             on_first(lambda: self._open(stack))
-            for entry in self._recipe.entries:
-                if self._only in (None, entry.name):
-                    self._bring_up_to_date(entry)
+            for entry in self._entries:
+                self._bring_up_to_date(entry)
             on_first(self._write_missing_report)
 
     def _open(self, stack: contextlib.ExitStack) -> None:
@@ -126,43 +126,37 @@ class Pipeline:
         if not self._report_is_current():
             self._report(self._recipe.output_dir)
 
-    def _check(self) -> None:
-        """Refuse everything that can be refused without running a stage. Writes nothing."""
+    def check(self) -> list[LoadedEntry]:
+        """Refuse everything that can be refused without running a stage, and return what is to be made. Writes nothing."""
         names = [entry.name for entry in self._recipe.entries]
-        if isinstance(self._force, str) and self._force not in names:
-            raise UserError(f"`--force {self._force}` names no entry of this run; {nearest(self._force, names)}")
-        if self._only is not None and self._only not in names:
-            raise UserError(f"`--only {self._only}` names no entry of this run; {nearest(self._only, names)}")
+        for flag, name in (("--force", self._force), ("--only", self._only)):
+            if isinstance(name, str) and name not in names:
+                raise UserError(f"`{flag} {name}` names no entry of this run; {nearest(name, names)}")
         check_ownership(self._recipe)
         self._inputs = resolve_inputs(self._recipe)
         Preflight(self._recipe, self._inputs).check()
-        to_be_made: set[str] = set()
-        for entry in self._recipe.entries:
-            if self._only not in (None, entry.name):
-                continue
+        to_be_made: list[LoadedEntry] = []
+        for entry in self._entries:
             self._require_inputs(entry)
-            unknown = any(ref.entry in to_be_made for ref in self._inputs[entry.name])
+            made = {other.name for other in to_be_made}
+            unknown = any(ref.entry in made for ref in self._inputs[entry.name])
             status = assess(entry, self._folder(entry), None if unknown else self._input_digests(entry))
-            self._refuse_stale(entry, status, to_be_made)
+            self._refuse_stale(entry, status, made)
             if status.state is not State.FINISHED or self._force == entry.name:
-                to_be_made.add(entry.name)
-                self._verify_inputs(entry, to_be_made)
+                to_be_made.append(entry)
+                self._verify_inputs(entry, made | {entry.name})
+        return to_be_made
 
     def _require_inputs(self, entry: LoadedEntry) -> None:
-        """Refuse `--only` where an input from the run is missing or belongs to another recipe than today's."""
+        """Raise UserError when `--only` leaves out an entry that this one starts from and that is not finished."""
         if self._only is None:
             return
-        entries = {one.name: one for one in self._recipe.entries}
         for ref in self._inputs[entry.name]:
-            if ref.folder is not None or ref.entry not in entries:
-                continue
-            source = entries[ref.entry]
-            made = {other.entry for other in self._inputs[ref.entry] if other.folder is None}
-            known = all(load_record(self._recipe.output_dir / name) is not None for name in made)
-            status = assess(source, self._folder(source), self._input_digests(source) if known else None)
-            if status.state is not State.FINISHED:
-                reason = status.reason or f"it is not finished in {shown_path(self._recipe.output_dir)}"
-                raise UserError(f"`--only {entry.name}` needs {ref.entry!r}: {reason}; run `--only {ref.entry}` first.")
+            if ref.folder is None and load_record(self._recipe.output_dir / ref.entry) is None:
+                raise UserError(
+                    f"`--only {entry.name}` starts from {ref.entry!r} (`{entry.key_prefix}stage.{ref.key}`), which is not"
+                    f" finished in {shown_path(self._recipe.output_dir)}; run `--only {ref.entry}` first."
+                )
 
     def _folder(self, entry: LoadedEntry) -> Path:
         return self._recipe.output_dir / entry.name
@@ -305,7 +299,7 @@ class Pipeline:
         files = [self._recipe.output_dir / name for name in REPORT_FILES]
         if not all(file.is_file() for file in files):
             return False
-        records = [self._folder(entry) / RECORD_FILE for entry in self._recipe.entries]
+        records = [self._folder(entry) / RECORD_FILE for entry in self._entries]
         return min(f.stat().st_mtime_ns for f in files) >= max(r.stat().st_mtime_ns for r in records)
 
 

@@ -1,5 +1,10 @@
-"""A pipeline as a chain of SLURM jobs: one an entry, each after the one before it has succeeded."""
+"""A pipeline as a chain of SLURM jobs: one for each unfinished entry, started when the one before has succeeded.
 
+srun starts the ranks itself, with no agent between: the signal ahead of the time limit reaches every rank, and a rank
+that dies ends the others at once.
+"""
+
+import logging
 import shlex
 import shutil
 import subprocess
@@ -7,102 +12,145 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanotrain.config.errors import UserError
+from nanotrain.config.cluster import ClusterConfig
+from nanotrain.config.errors import MissingInputError, UserError
 from nanotrain.config.load import LoadedEntry, LoadedRecipe
-from nanotrain.config.load_messages import shown_path
 from nanotrain.config.stage import TRAINING_STAGES
 from nanotrain.pipeline.ownership import owned_folder
 from nanotrain.runtime.files import write_bytes_atomic
 
+log = logging.getLogger("nanotrain")
+
 FOLDER = "slurm"
-"""Below the run's folder: the scripts as submitted, and the log of every job."""
+"""Below the run's folder: job scripts and logs."""
+
+_RANKS = """\
+# Rank 0 listens on the first node; the job's id keeps jobs of one node apart.
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
+export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
+export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE={ranks}
+"""
+
+# srun ends all ranks when one fails; those that have saved give the others time to come to their own end. The shell
+# must outlive a signal to hand on the exit code.
+_RANK = """\
+trap : USR1 TERM
+RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID "$@"
+code=$?
+((code == 75)) && sleep 5
+exit $code"""
+
+_AGAIN = """\
+code=$?
+restarts=${{SLURM_RESTART_COUNT:-0}}
+if ((code == 75)); then
+  echo "job $SLURM_JOB_ID was stopped and has saved; it goes back into the queue."
+  scontrol requeue "$SLURM_JOB_ID"
+elif ((code != 0 && code != 2 && restarts < {max_restarts})); then
+  echo "job $SLURM_JOB_ID failed with exit code $code; restart $((restarts + 1)) of {max_restarts} from the newest state."
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code
+"""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One entry's job."""
+    """One entry and the script that runs it."""
 
     entry: str
     script: str
 
 
-def build_jobs(recipe: LoadedRecipe, recipe_argument: str, overrides: list[str]) -> list[Job]:
-    """Return the batch script of every entry, in order.
+def build_jobs(recipe: LoadedRecipe, entries: list[LoadedEntry], overrides: list[str]) -> list[Job]:
+    """Return the jobs of `entries`, in order.
 
     Args:
         recipe: composed and validated.
-        recipe_argument: the recipe as the user named it.
-        overrides: of the recipe, handed on to every job.
+        entries: those of it that are to be made.
+        overrides: what the recipe was composed with; the jobs compose it again.
     """
-    return [Job(entry.name, _script(recipe, entry, recipe_argument, overrides)) for entry in recipe.entries]
+    return [Job(entry.name, _script(recipe, entry, overrides)) for entry in entries]
 
 
-def submit(recipe: LoadedRecipe, jobs: list[Job]) -> list[str]:
-    """Write the scripts below the run's folder, submit them as a chain, and return the job ids.
-
-    Raises:
-        UserError: there is no sbatch, or it refuses a job; those before it are submitted.
-    """
-    if shutil.which("sbatch") is None:
-        raise UserError(
-            "`sbatch` is not installed here; submit from a login node of the cluster, or look at `--dry-run`."
-        )
-    with owned_folder(recipe):
-        folder = recipe.output_dir / FOLDER
-        ids: list[str] = []
-        for job in jobs:
-            file = folder / f"{job.entry}.sh"
-            write_bytes_atomic(file, job.script.encode())
-            chain = [f"--dependency=afterok:{ids[-1]}"] if ids else []
-            done = subprocess.run(
-                ["sbatch", "--parsable", *chain, str(file)], capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                raise UserError(
-                    f"sbatch refused {shown_path(file)} ({' '.join(done.stderr.split())}); submitted before it:"
-                    f" {', '.join(ids) or 'nothing'}."
-                )
-            ids.append(done.stdout.strip().split(";")[0])
-    return ids
-
-
-def _script(recipe: LoadedRecipe, entry: LoadedEntry, recipe_argument: str, overrides: list[str]) -> str:
+def _script(recipe: LoadedRecipe, entry: LoadedEntry, overrides: list[str]) -> str:
     cluster = entry.config.cluster
+    ranks = cluster.ranks if isinstance(entry.config.stage, TRAINING_STAGES) else 1
+    only = ["--only", entry.name] if recipe.is_pipeline else []
+    command = [sys.executable, "-m", "nanotrain", "run", *only, "--", str(recipe.file), *overrides]
+    lines = [
+        "#!/bin/bash",
+        *(f"#SBATCH {option}" for option in _options(recipe, entry, cluster, ranks)),
+        "",
+        *cluster.setup,
+        _RANKS.format(ranks=ranks),
+        f"srun --kill-on-bad-exit=1 bash -c {shlex.quote(_RANK)} rank \\\n  {shlex.join(command)}",
+        _AGAIN.format(max_restarts=cluster.max_restarts),
+    ]
+    return "\n".join(lines)
+
+
+def _options(recipe: LoadedRecipe, entry: LoadedEntry, cluster: ClusterConfig, ranks: int) -> list[str]:
+    """Return sbatch's options; a stage that does not train takes one rank and at most one GPU."""
     trains = isinstance(entry.config.stage, TRAINING_STAGES)
-    nodes, ranks = (cluster.nodes, cluster.ranks_per_node) if trains else (1, 1)
+    gpus = cluster.gpus_per_node if trains else min(cluster.gpus_per_node, 1)
+    folder = recipe.output_dir.absolute() / FOLDER
     options = [
         f"--job-name={recipe.name}-{entry.name}",
-        f"--nodes={nodes}",
-        "--ntasks-per-node=1",
-        f"--cpus-per-task={ranks * cluster.cpus_per_rank}",
-        f"--time={cluster.time_minutes}",
+        f"--nodes={cluster.nodes if trains else 1}",
+        f"--ntasks-per-node={ranks}",
+        f"--time={cluster.time_limit}",
+        f"--signal=USR1@{cluster.signal_seconds}",
         "--requeue",
         "--open-mode=append",
-        f"--signal=USR1@{cluster.signal_seconds}",
-        f"--output={(recipe.output_dir / FOLDER).absolute()}/{entry.name}-%j.log",
+        f"--output={folder}/{entry.name}-%j.log",
         f"--chdir={Path.cwd()}",
     ]
-    if cluster.gpus_per_node:
-        options.append(f"--gpus-per-node={cluster.gpus_per_node if trains else 1}")
-    options += [
-        f"--{name}={value}" for name, value in (("partition", cluster.partition), ("account", cluster.account)) if value
+    if gpus:
+        options.append(f"--gpus-per-node={gpus}")
+    if cluster.cpus_per_rank:
+        options.append(f"--cpus-per-task={cluster.cpus_per_rank}")
+    if cluster.partition:
+        options.append(f"--partition={cluster.partition}")
+    if cluster.account:
+        options.append(f"--account={cluster.account}")
+    quoted = [
+        f"{name}={shlex.quote(value)}" if value else name for name, _, value in (o.partition("=") for o in options)
     ]
-    only = ["--only", entry.name] if recipe.is_pipeline else []
-    launcher = [sys.executable, "-m", "nanotrain.runtime.torchrun", "--ranks", str(ranks)]
-    launcher += ["--restarts", str(cluster.restarts), "--", "run", recipe_argument, *overrides, *only]
-    lines = [
-        "#!/usr/bin/env bash",
-        *(f"#SBATCH {option}" for option in [*options, *cluster.extra]),
-        "set -uo pipefail",
-        *cluster.setup,
-        "export NANOTRAIN_NODES=$SLURM_JOB_NUM_NODES NANOTRAIN_RUN_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}",
-        'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-        "export NANOTRAIN_RENDEZVOUS=$first:$((20000 + SLURM_JOB_ID % 20000))",
-        f"srun bash -c {shlex.quote('NANOTRAIN_NODE_RANK=$SLURM_NODEID exec ' + shlex.join(launcher))}",
-        "code=$?",
-        "if ((code == 75)); then # stopped by a signal, with the work saved",
-        '  scontrol requeue "$SLURM_JOB_ID"',
-        "fi",
-        "exit $code",
-    ]
-    return "\n".join(lines) + "\n"
+    return [*quoted, *cluster.sbatch]
+
+
+def submit(recipe: LoadedRecipe, jobs: list[Job]) -> list[tuple[str, str]]:
+    """Write the scripts into the run's folder and submit them as a chain.
+
+    Returns:
+        (entry, job id) of each.
+
+    Raises:
+        UserError: there is no sbatch, or it refuses a job; the jobs before it stay submitted and are named.
+    """
+    if shutil.which("sbatch") is None:
+        raise MissingInputError("`sbatch` is not on this machine; run this on a login node of a SLURM cluster.")
+    with owned_folder(recipe):
+        folder = recipe.output_dir / FOLDER
+        folder.mkdir(exist_ok=True)
+        for job in jobs:
+            write_bytes_atomic(folder / f"{job.entry}.sbatch", job.script.encode())
+    submitted: list[tuple[str, str]] = []
+    for job in jobs:
+        after = [f"--dependency=afterok:{submitted[-1][1]}"] if submitted else []
+        done = subprocess.run(
+            ["sbatch", "--parsable", *after, str(folder / f"{job.entry}.sbatch")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            before = ", ".join(f"{entry} ({number})" for entry, number in submitted) or "none"
+            raise UserError(
+                f"sbatch refused the job of {job.entry!r} ({done.stderr.strip() or done.stdout.strip()}); change"
+                f" `{job.entry}.cluster`. Submitted before it: {before}."
+            )
+        submitted.append((job.entry, done.stdout.strip().split(";")[0]))
+    return submitted

@@ -58,7 +58,7 @@ def read_nodes() -> Nodes:
     if not rank < max(count, 1):
         raise UserError(f"NANOTRAIN_NODE_RANK ({rank}) must be less than NANOTRAIN_NODES ({count}).")
     run_id = os.environ["NANOTRAIN_RUN_ID"] if "NANOTRAIN_RUN_ID" in os.environ else "nanotrain"
-    return Nodes(count, rank, endpoint or "localhost:0", run_id)
+    return Nodes(count, rank, endpoint if count > 1 else "localhost:0", run_id)
 
 
 class Launcher:
@@ -108,19 +108,15 @@ class Launcher:
 
     def _explain(self, failures: dict[int, Any]) -> int:
         """Say which rank ended the run and how; return the exit code."""
-        first = min(failures.values(), key=lambda failure: failure.timestamp)
+        rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
         codes = {failure.exitcode for failure in failures.values()}
-        if self._signalled and EXIT_USER_ERROR not in codes:
-            return EXIT_PREEMPTED  # a rank that was still starting dies of the signal: nothing is lost by that
         for code in FINAL_CODES:
             if code in codes and all(other in (code, 1) or other < 0 for other in codes):
                 return code
         if first.exitcode < 0:
-            _say(
-                f"rank {first.global_rank} was killed by {signal.Signals(-first.exitcode).name}; the others were ended."
-            )
+            _say(f"rank {rank} was killed by {signal.Signals(-first.exitcode).name}; the others were ended.")
             return 128 - first.exitcode
-        _say(f"rank {first.global_rank} ended with exit code {first.exitcode}; the others were ended.")
+        _say(f"rank {rank} ended with exit code {first.exitcode}; the others were ended.")
         return first.exitcode
 
     def _forward(self, number: int, frame: FrameType | None) -> None:

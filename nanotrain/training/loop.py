@@ -170,7 +170,7 @@ class _Loop:
         """Save when it is time, and stop when some rank was asked to: one small reduction a step decides for all ranks.
 
         Raises:
-            Preempted: after saving.
+            Preempted: after saving; with the step of the newest state, should storage refuse this one.
         """
         states = self._states
         stop = preemption.received is not None or done == self._run.stop_after
@@ -184,8 +184,8 @@ class _Loop:
             self._progress.seconds = self._meter.seconds
             states.save(self._progress)
         if stop:
-            states.settle()
-            raise Preempted(preemption.received or "a signal to another rank", done)
+            saved = states.settle()
+            raise Preempted(preemption.received or "a signal to another rank", done if saved else states.newest_step)
 
     def _summary(self) -> TrainingSummary:
         progress = self._progress

@@ -77,8 +77,14 @@ class States:
         self._saved_step = progress.step
         self.stall_seconds += self._saved_at - started
 
-    def settle(self) -> None:
-        """Wait for the save in flight, and say what became of it.
+    @property
+    def newest_step(self) -> int:
+        """Step of the newest state on the disk, 0 when there is none."""
+        states = list_states(self._root)
+        return states[-1][0] if states else 0
+
+    def settle(self) -> bool:
+        """Wait for the save in flight and return whether it was stored; what went wrong is said.
 
         Raises:
             UserError: storage refused it, and `on_save_failure` is stop.
@@ -86,8 +92,8 @@ class States:
         try:
             self._saver.finish()
         except SaveFailedError as failure:
-            states = list_states(self._root)
-            left = f"the newest intact one is that of step {states[-1][0]}" if states else "there is none yet"
+            newest = self.newest_step
+            left = f"the newest intact one is that of step {newest}" if newest else "there is none yet"
             sentence = f"the state of step {self._saved_step} could not be saved ({failure}); {left}"
             if self._config.on_save_failure is SaveFailure.stop:
                 raise UserError(
@@ -95,6 +101,8 @@ class States:
                     " `stage.training.on_save_failure` to warn."
                 ) from failure
             log.warning("%s; training goes on.", sentence)
+            return False
+        return True
 
     def roll_back(self) -> int | None:
         """Load the newest state of a step that `keep_every` divides and return its step; None when there is none."""

@@ -1,7 +1,14 @@
-"""Kills runs at random moments until they are through, and compares their ends with an undisturbed one's."""
+"""Kills runs at random moments until they are through, and compares their ends with an undisturbed one's.
 
+python -m tests.end_to_end.campaign OUT.jsonl SIZE:KILLS[:SECONDS] ...     the account of docs/benchmarks
+"""
+
+import json
+import math
 import random
 import signal
+import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -9,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nanotrain.checkpoint.resume import find_defect
-from tests.end_to_end.ranks_of_a_run import Ranks, digest_of_run, warm_up
+from tests.end_to_end.ranks_of_a_run import RECIPE, Ranks, digest_of_run, make_wheels, settings, warm_up
 
 MAX_END_SECONDS = 60.0
 """All ranks must have ended so long after one was killed."""
@@ -56,12 +63,15 @@ class Campaign:
             ranks.kill()
         return digest_of_run(output)
 
-    def run(self, kills: int) -> Outcome:
-        """Start runs and kill them until so many kills were made and the last run is through."""
-        while self.outcome.kills < kills:
+    def run(self, kills: int, seconds: float = math.inf) -> Outcome:
+        """Start runs and kill them until so many kills were made, or so long; the last run is brought to its end."""
+        deadline = time.monotonic() + seconds
+        while self.outcome.kills < kills and time.monotonic() < deadline:
             output = self._folder / f"stormy-{self.outcome.runs}"
             attempts = 0
-            while not self._attempt(output, attempts, disturb=self.outcome.kills < kills):
+            while not self._attempt(
+                output, attempts, disturb=self.outcome.kills < kills and time.monotonic() < deadline
+            ):
                 attempts += 1
                 assert attempts < MAX_ATTEMPTS, "the run makes no progress between kills"
             found = digest_of_run(output)
@@ -134,3 +144,24 @@ def _moment(output: Path) -> str:
     entry = max(started, key=lambda folder: folder.stat().st_mtime)
     saving = any((entry / "state").glob(".step-*.tmp"))
     return f"{entry.name}/save" if saving else entry.name
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    with tempfile.TemporaryDirectory() as folder:
+        wheels_folder = Path(folder) / "wheels"
+        wheels_folder.mkdir()
+        wheels = make_wheels(wheels_folder)
+        for word in sys.argv[2:]:
+            size, kills, seconds = ([float(part) for part in word.split(":")] + [math.inf])[:3]
+            started = time.monotonic()
+            work = Path(folder) / f"{int(size)}-ranks"
+            campaign = Campaign(["run", RECIPE, *settings(8, 1e-6)], int(size), wheels, work)
+            row = vars(campaign.run(int(kills), seconds)) | {"ranks": int(size), "seconds": time.monotonic() - started}
+            print(row, flush=True)
+            with out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

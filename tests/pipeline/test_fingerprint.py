@@ -10,7 +10,7 @@ def leaves(value, path=()):
     return [path]
 
 
-def test_every_key_counts_except_place_name_tracker_threads_and_sources(load):
+def test_every_key_counts_except_place_name_tracker_cluster_threads_and_sources(load):
     """Every leaf of a composed recipe is changed in turn: a key that the digest ignored would show here."""
     resolved = load("pipeline").entries[3].resolved
     original = recipe_digest(resolved, "DistillConfig")
@@ -30,6 +30,7 @@ def test_every_key_counts_except_place_name_tracker_threads_and_sources(load):
         "tracking.kind",
         "tracking.project",
         "tracking.mode",
+        *(f"cluster.{name}" for name in resolved["cluster"]),
         "stage.init_from",
         "stage.teacher_from",
         "stage.data_from",

@@ -52,6 +52,20 @@ def test_every_entry_gets_its_inputs_and_a_record(load):
     assert record["seconds"] > 0 and record["peak_memory_bytes"] > 1e6
 
 
+def test_only_one_entry_runs_once_its_inputs_are_finished(load):
+    recipe = load("pipeline")
+    with pytest.raises(UserError, match=r"`--only prune` starts from 'pretrain' .*`--only pretrain` first"):
+        start(recipe, only="prune")
+    with pytest.raises(UserError, match=r"`--only prun` names no entry of this run"):
+        start(recipe, only="prun")
+    assert not RUN.exists()
+    for name in ENTRIES:
+        assert start(recipe, only=name).calls == [name]
+        assert start(recipe, only=name).calls == []
+    assert start(recipe).calls == []
+    assert start(recipe, only="prune", force="prune").calls == ["prune"]
+
+
 def test_finished_run_does_no_work_and_changes_no_byte(load):
     start(load("pipeline"))
     before = tree(RUN)

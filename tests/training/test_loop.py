@@ -220,6 +220,13 @@ def test_a_full_disk_ends_the_run_where_that_is_asked_for(tmp_path, random_loade
     assert train(fresh_engine(), random_loader, CrossEntropy(), config, run_in(tmp_path)).steps == 8
 
 
+def test_a_signal_on_a_full_disk_tells_the_step_that_is_really_saved(tmp_path, random_loader):
+    loader = Interrupting(random_loader, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Preempted) as caught:
+        train(Failing(fresh_engine(), {3, 4}, FULL), loader, CrossEntropy(), CONFIG, run_in(tmp_path))
+    assert caught.value.step == 2
+
+
 def test_a_defect_of_the_writer_surfaces(tmp_path, random_loader):
     engine = Failing(fresh_engine(), {2}, KeyError("defect"))
     with pytest.raises(RuntimeError, match="KeyError"):

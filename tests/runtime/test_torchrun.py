@@ -1,0 +1,109 @@
+"""The launcher: the run's own exit code, restarts of what a restart can mend, signals that reach the ranks."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanotrain.config.errors import UserError
+from nanotrain.runtime.torchrun import Nodes, read_nodes
+
+# Stands for the package's command line: started as `-m nanotrain`, found before the real one.
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+folder, behaviour = Path(sys.argv[2]), sys.argv[3]
+rank = os.environ["RANK"]
+starts = len(list(folder.glob(f"{rank}-*")))
+(folder / f"{rank}-{starts}").touch()
+if behaviour == "signal":
+    def save(number, frame):
+        time.sleep(1)
+        (folder / f"saved-{rank}-{number}").touch()
+        sys.exit(75)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, save)
+    (folder / f"ready-{rank}").touch()
+    time.sleep(60)
+if behaviour == "killed twice" and starts < 2 and rank == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+if behaviour == "killed twice" and starts < 2:
+    time.sleep(60)
+if behaviour == "mistake":
+    sys.exit(2)
+if behaviour == "defect":
+    sys.exit(1)
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    package = tmp_path / "package" / "nanotrain"
+    package.mkdir(parents=True)
+    (package / "__main__.py").write_text(RANK)
+    (tmp_path / "seen").mkdir()
+
+    def start(behaviour: str, restarts: int = 3) -> subprocess.Popen[str]:
+        # The launcher is the real module by its path; its children find the stand-in.
+        root = Path(__file__).parents[2]
+        code = f"import sys, os; sys.path.insert(0, {str(root)!r}); from nanotrain.runtime.torchrun import main;"
+        code += f"os.environ['PYTHONPATH'] = {str(tmp_path / 'package')!r}; sys.exit(main(sys.argv[1:]))"
+        words = ["--ranks", "2", "--restarts", str(restarts), "--", "run", str(tmp_path / "seen"), behaviour]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+        )
+
+    return start
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    try:
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return process.returncode, err
+
+
+def test_a_killed_rank_is_named_and_the_run_started_again(start, tmp_path):
+    code, err = finish(start("killed twice"))
+    assert code == 0, err
+    assert err.count("rank 1 was killed by SIGKILL") == 2 and "restart 2 of 3" in err
+    assert len(list((tmp_path / "seen").glob("1-*"))) == 3
+
+
+@pytest.mark.parametrize(("behaviour", "code", "starts"), [("mistake", 2, 1), ("defect", 1, 2)])
+def test_exit_codes_are_the_runs_own(start, tmp_path, behaviour, code, starts):
+    assert finish(start(behaviour, restarts=1))[0] == code
+    assert len(list((tmp_path / "seen").glob("0-*"))) == starts
+
+
+def test_a_signal_reaches_every_rank_and_is_not_a_failure(start, tmp_path):
+    process = start("signal")
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "seen").glob("ready-*"))) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    assert finish(process)[0] == 75
+    saved = sorted(path.name for path in (tmp_path / "seen").glob("saved-*"))
+    assert [name[:7] for name in saved] == ["saved-0", "saved-1"]
+    assert len(list((tmp_path / "seen").glob("0-*"))) == 1
+
+
+def test_machines_are_read_from_the_environment(monkeypatch):
+    assert read_nodes() == Nodes(1, 0, "localhost:0", "nanotrain")
+    monkeypatch.setenv("NANOTRAIN_NODES", "2")
+    with pytest.raises(UserError, match="NANOTRAIN_RENDEZVOUS"):
+        read_nodes()
+    monkeypatch.setenv("NANOTRAIN_RENDEZVOUS", "first:29500")
+    monkeypatch.setenv("NANOTRAIN_NODE_RANK", "2")
+    with pytest.raises(UserError, match=r"NANOTRAIN_NODE_RANK \(2\)"):
+        read_nodes()
+    monkeypatch.setenv("NANOTRAIN_NODE_RANK", "one")
+    with pytest.raises(UserError, match="'one'"):
+        read_nodes()
