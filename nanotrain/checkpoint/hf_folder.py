@@ -4,10 +4,9 @@ config.json, *.safetensors, generation_config.json, nanotrain.json (provenance),
 """
 
 import dataclasses
+import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from nanotrain.checkpoint import config_json
 from nanotrain.checkpoint.model_card import CARD_FILE, model_card
 from nanotrain.checkpoint.provenance import Provenance, load_provenance, save_provenance
-from nanotrain.checkpoint.tensor_files import StoredTensors, open_tensors, write_tensors
+from nanotrain.checkpoint.tensor_files import read_tensors, write_tensors
 from nanotrain.checkpoint.verification import compare_with_transformers
 from nanotrain.config.errors import MissingInputError, UserError
 from nanotrain.config.model import ModelConfig
@@ -57,72 +56,56 @@ def load_state_dict(folder: Path | str, dtype: torch.dtype | None = None) -> dic
     Raises:
         UserError: as `load_config`; or a tensor is missing, unexpected or of the wrong shape, or a file is corrupt.
     """
-    with open_checkpoint(folder) as checkpoint:
-        config, state = checkpoint.config, {}
-        for name, stored_name in checkpoint.stored_names.items():
-            tensor = checkpoint.stored.read_whole(stored_name)
-            state[name] = tensor if dtype is None else tensor.to(stored_dtype(name, dtype), copy=True)
-    if config.tie_word_embeddings:
-        if _HEAD in state and not torch.equal(state[_HEAD], state[_EMBEDDINGS]):
-            raise UserError(f"{folder}: `tie_word_embeddings` is true but {_HEAD} differs from the embeddings.")
+    state = dict(iterate_tensors(folder, dtype))
+    if load_config(folder).tie_word_embeddings:
         state[_HEAD] = state[_EMBEDDINGS]
     return state
 
 
-@dataclass(frozen=True)
-class OpenCheckpoint:
-    """A checkpoint folder whose tensors are read one by one, or in parts."""
+def iterate_tensors(folder: Path | str, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Yield (HybridModel's name, tensor on the CPU), one in memory at a time; without `lm_head.weight` where it is tied.
 
-    config: ModelConfig
-    stored: StoredTensors
-    stored_names: dict[str, str]
-    """HybridModel's name -> name on disk, in the order of the files."""
-
-    def read(self, name: str, dim: int, ranges: Sequence[tuple[int, int]]) -> Tensor:
-        """Return [start, stop) ranges of a tensor along a dimension, one after the other.
-
-        Raises:
-            UserError: the file cannot be read.
-        """
-        return self.stored.read(self.stored_names[name], dim, ranges)
-
-
-@contextmanager
-def open_checkpoint(folder: Path | str) -> Iterator[OpenCheckpoint]:
-    """Open a checkpoint folder and check that its tensors are those of its config.json.
-
-    Raises:
-        UserError: as `load_config`; or a tensor is missing, unexpected or of the wrong shape, or a file is corrupt.
+    Arguments and errors as for `load_state_dict`; what is missing is known, and raised, at the end.
     """
     folder = Path(folder)
     config = load_config(folder)
-    with open_tensors(folder) as stored:
-        yield OpenCheckpoint(config, stored, _checked_names(folder, config, stored.shapes))
+    missing = dict(tensor_shapes(config))
+    tied: dict[str, Tensor] = {}
+    for name, tensor in _checked_tensors(folder, config, dtype):
+        missing.pop(name, None)
+        if config.tie_word_embeddings and name in (_EMBEDDINGS, _HEAD):
+            tied[name] = tensor
+        if name != _HEAD or not config.tie_word_embeddings:
+            yield name, tensor
+    if missing:
+        raise UserError(
+            f"{folder}: the tensor {min(missing)} is missing ({len(missing)} in all); copy the folder again."
+        )
+    if len(tied) == 2 and not torch.equal(tied[_HEAD], tied[_EMBEDDINGS]):
+        raise UserError(f"{folder}: `tie_word_embeddings` is true but {_HEAD} differs from the embeddings.")
 
 
-def _checked_names(folder: Path, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+def _checked_tensors(folder: Path, config: ModelConfig, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     expected = tensor_shapes(config)
-    optional = {_HEAD: expected[_EMBEDDINGS]} if config.tie_word_embeddings else {}
-    names: dict[str, str] = {}
-    for stored_name, shape in shapes.items():
+    if config.tie_word_embeddings:
+        expected[_HEAD] = expected[_EMBEDDINGS]
+    seen: dict[str, str] = {}
+    for stored_name, tensor in read_tensors(folder):
         name = _canonical(stored_name)
-        if name not in expected | optional:
+        if name not in expected:
             raise UserError(
                 f"{folder}: the tensor {stored_name} is unexpected for the layers {config.hybrid_layer_pattern};"
                 " config.json and weights do not belong together."
             )
-        if name in names:
-            raise UserError(f"{folder}: the tensors {names[name]} and {stored_name} are the same one; remove one.")
-        names[name] = stored_name
-        if shape != (expected | optional)[name]:
+        if name in seen:
+            raise UserError(f"{folder}: the tensors {seen[name]} and {stored_name} are the same one; remove one.")
+        seen[name] = stored_name
+        if tuple(tensor.shape) != expected[name]:
             raise UserError(
-                f"{folder}: the tensor {stored_name} has the shape {list(shape)}, config.json says"
-                f" {list((expected | optional)[name])}; config.json and weights do not belong together."
+                f"{folder}: the tensor {stored_name} has the shape {list(tensor.shape)}, config.json says"
+                f" {list(expected[name])}; config.json and weights do not belong together."
             )
-    missing = sorted(expected.keys() - names.keys())
-    if missing:
-        raise UserError(f"{folder}: the tensor {missing[0]} is missing ({len(missing)} in all); copy the folder again.")
-    return names
+        yield name, tensor if dtype is None else tensor.to(_stored_dtype(name, dtype), copy=True)
 
 
 def _canonical(name: str) -> str:
@@ -133,8 +116,7 @@ def _canonical(name: str) -> str:
     return name
 
 
-def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Return a tensor's dtype in a checkpoint of `dtype`: A_log, D and dt_bias are at least fp32."""
+def _stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if name.rsplit(".", maxsplit=1)[-1] in FP32_TENSORS else dtype
 
 
@@ -188,6 +170,7 @@ def save_state_dict(
     tokenizer_from: Path | None = None,
     provenance: Provenance | None = None,
     max_shard_bytes: int = 5 * 2**30,
+    gather: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Write a checkpoint folder, whole or not at all.
 
@@ -199,6 +182,8 @@ def save_state_dict(
         tokenizer_from: folder whose tokenizer files are copied; None = none.
         provenance: written to nanotrain.json. Changes of an imported config that its parent recorded are carried on.
         max_shard_bytes: weights above it go into several files with an index.
+        gather: returns a whole tensor by its name, where those of `state_dict` only tell shape and dtype; called once
+            for each, in the order of `planning.parameters.tensor_shapes`.
 
     Raises:
         UserError: the tokenizer is missing, or has more tokens than the model.
@@ -206,46 +191,47 @@ def save_state_dict(
     folder = Path(folder)
     if tokenizer_from is not None:
         check_tokenizer_size(load_tokenizer(tokenizer_from), config, tokenizer_from)
-    tensors = _tensors_to_write(state_dict, config, dtype)
-    with folder_atomic(folder) as temporary:
-        write_tensors(tensors, temporary, max_shard_bytes)
-        write_description(temporary, config, tensors[_EMBEDDINGS].dtype, tokenizer_from, provenance)
-
-
-def write_description(
-    folder: Path,
-    config: ModelConfig,
-    dtype: torch.dtype,
-    tokenizer_from: Path | None,
-    provenance: Provenance | None,
-) -> None:
-    """Write everything but the weights into an existing folder; arguments as `save_state_dict`."""
-    name = str(dtype).removeprefix("torch.")
+    dtypes = _dtypes_to_write(state_dict, config, dtype)
+    shapes = tensor_shapes(config)
+    sizes = {name: math.prod(shapes[name]) * dtypes[name].itemsize for name in shapes}
+    if config.tie_word_embeddings:
+        # transformers does not tie this model's matrices whatever its config says, so both are written.
+        sizes[_HEAD] = sizes[_EMBEDDINGS]
+    tensors = _tensors_to_write(gather or state_dict.__getitem__, dtypes, config)
+    name = str(dtypes[_EMBEDDINGS]).removeprefix("torch.")
     if provenance is not None:
         provenance = _with_inherited_changes(provenance)
-    write_json_atomic(folder / config_json.CONFIG_FILE, config_json.to_json(config, name))
-    write_json_atomic(folder / "generation_config.json", config_json.generation_json(config))
-    write_bytes_atomic(folder / CARD_FILE, model_card(config, name, provenance).encode())
-    if provenance is not None:
-        save_provenance(folder, provenance)
-    if tokenizer_from is not None:
-        copy_tokenizer(tokenizer_from, folder)
+    with folder_atomic(folder) as temporary:
+        write_tensors(tensors, sizes, temporary, max_shard_bytes)
+        write_json_atomic(temporary / config_json.CONFIG_FILE, config_json.to_json(config, name))
+        write_json_atomic(temporary / "generation_config.json", config_json.generation_json(config))
+        write_bytes_atomic(temporary / CARD_FILE, model_card(config, name, provenance).encode())
+        if provenance is not None:
+            save_provenance(temporary, provenance)
+        if tokenizer_from is not None:
+            copy_tokenizer(tokenizer_from, temporary)
 
 
-def _tensors_to_write(
+def _dtypes_to_write(
     state_dict: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype | None
-) -> dict[str, Tensor]:
+) -> dict[str, torch.dtype]:
     shapes = tensor_shapes(config)
     given = {name: tuple(tensor.shape) for name, tensor in state_dict.items() if name in shapes}
     assert given == shapes, "the tensors are not those of the configuration"
-    tensors = {}
-    for name in shapes:
-        tensor = state_dict[name].detach()
-        tensors[name] = tensor.to("cpu", stored_dtype(name, dtype or tensor.dtype)).contiguous()
-    if config.tie_word_embeddings:
-        # transformers does not tie this model's matrices whatever its config says, so both are written.
-        tensors[_HEAD] = tensors[_EMBEDDINGS].clone()
-    return tensors
+    return {name: _stored_dtype(name, dtype or state_dict[name].dtype) for name in shapes}
+
+
+def _tensors_to_write(
+    whole: Callable[[str], Tensor], dtypes: dict[str, torch.dtype], config: ModelConfig
+) -> Iterator[tuple[str, Tensor]]:
+    head = None
+    for name, dtype in dtypes.items():
+        tensor = whole(name).detach().to("cpu", dtype).contiguous()
+        if name == _EMBEDDINGS and config.tie_word_embeddings:
+            head = tensor.clone()
+        yield name, tensor
+    if head is not None:
+        yield _HEAD, head
 
 
 def _with_inherited_changes(provenance: Provenance) -> Provenance:

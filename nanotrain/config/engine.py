@@ -6,11 +6,13 @@ from enum import Enum
 from nanotrain.config.errors import UserError
 from nanotrain.config.megatron import MegatronConfig
 from nanotrain.config.model import ATTENTION, MAMBA, MLP
+from nanotrain.config.parallel import DataParallel, DeepSpeedConfig, Fsdp2Config, check_parallel_keys
 
 
 class EngineKind(str, Enum):
     torch = "torch"
     megatron = "megatron"
+    deepspeed = "deepspeed"
 
 
 class Device(str, Enum):
@@ -124,6 +126,13 @@ class EngineConfig:
     """CPU threads of torch; 0 = torch's own choice."""
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
     """kind=megatron only."""
+    data_parallel: DataParallel = DataParallel.auto
+    """kind=torch on several ranks: ddp = every rank holds the whole model, fsdp2 = weights, gradients and optimizer states
+    are divided over the ranks. auto = ddp where there are several ranks."""
+    fsdp2: Fsdp2Config = field(default_factory=Fsdp2Config)
+    """data_parallel=fsdp2 only."""
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    """kind=deepspeed only."""
 
     def validate(self, path: str) -> None:
         if self.threads < 0:
@@ -134,6 +143,7 @@ class EngineConfig:
                 f"`{path}.megatron` belongs to `{path}.kind` (megatron) and would be ignored by {self.kind.value}; remove"
                 " it, or choose engine=megatron."
             )
+        check_parallel_keys(path, self.kind.value, self.data_parallel, self.fsdp2, self.deepspeed)
         for name in ("fp8_bf16_first_layers", "fp8_bf16_last_layers"):
             if self.__dict__[name] < 0:
                 raise UserError(f"`{path}.{name}` ({self.__dict__[name]}) must not be negative; 0 = no layer.")

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from nanotrain.config.engine import EngineConfig, EngineKind
+from nanotrain.config.parallel import DataParallel
 from nanotrain.config.training import TrainingConfig
 
 if TYPE_CHECKING:
@@ -22,13 +23,25 @@ def build_engine(config: EngineConfig, model: "HybridModel", training: TrainingC
     Raises:
         UserError: the engine cannot do what the config asks for.
     """
+    from nanotrain.engines.data_parallel import require_ranks
+    from nanotrain.runtime.distributed import start_ranks
+
+    world = start_ranks()
+    require_ranks(config, world)
     if config.kind is EngineKind.megatron:
+        from nanotrain.engines.megatron_limits import require_megatron
+
+        require_megatron()
         from nanotrain.engines.megatron_engine import MegatronEngine
 
         return MegatronEngine(config, model, training)
+    if world.size > 1 and config.data_parallel is DataParallel.fsdp2:
+        from nanotrain.engines.torch_parallel import Fsdp2Engine
+
+        return Fsdp2Engine(config, model, training, world)
     from nanotrain.engines.torch_engine import TorchEngine
 
-    return TorchEngine(config, model, training)
+    return TorchEngine(config, model, training, world)
 
 
 def build_local_engine(config: EngineConfig, model: "HybridModel") -> "Engine":

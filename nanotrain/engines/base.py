@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nanotrain.checkpoint.hf_folder import iterate_tensors
 from nanotrain.checkpoint.provenance import Provenance
 from nanotrain.config.model import ModelConfig
 from nanotrain.losses.base import LossFn
@@ -108,6 +109,18 @@ class Engine(ABC):
         provenance: Provenance | None = None,
     ) -> None:
         """Write a checkpoint folder; arguments as in checkpoint.hf_folder.save_model."""
+
+    def first_difference(self, folder: Path) -> str | None:
+        """Return the name of a tensor of a checkpoint folder that is not this engine's, bit for bit; None = all are.
+
+        All ranks read the folder, and get the same answer.
+        """
+        with self.inference_model() as model:
+            trained = model.state_dict()
+            for name, tensor in iterate_tensors(folder):
+                if not trained[name].cpu().equal(tensor):
+                    return name
+        return None
 
     @abstractmethod
     def snapshot_state(self) -> StateWriter:

@@ -3,6 +3,8 @@
 Only there do FSDP2 and ZeRO-3 have the output matrix gathered and its gradient reduced.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from nanotrain.losses.base import LossFn, LossOutput
@@ -18,8 +20,11 @@ class TrainingRoot(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: MicroBatch, loss_fn: LossFn | None = None) -> LossOutput | Tensor:
-        """Return the loss of `batch`, or its last hidden states [B, S, D] when no loss is given."""
+    def forward(self, batch: MicroBatch, loss_fn: LossFn | Callable[..., Tensor] | None = None) -> LossOutput | Tensor:
+        """Return the loss of `batch`, or its last hidden states [B, S, D] when no loss is given.
+
+        Whatever else needs the whole output matrix is called in the place of a loss.
+        """
         hidden_states = self.model.hidden_states(batch.input_ids, batch.segment_ids)
         if loss_fn is None:
             return hidden_states

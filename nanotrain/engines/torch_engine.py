@@ -1,46 +1,58 @@
-"""Plain torch in one process: products in fp32, bf16 autocast or FP8; weights and states as the optimizer section says."""
+"""Plain torch, in one process or as replicas (DDP): products in fp32, bf16 autocast or FP8.
+
+Weights and states are as the optimizer section says. FSDP2 is engines/torch_parallel.py.
+"""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from nanotrain.checkpoint.hf_folder import load_state_dict, save_model
+from nanotrain.checkpoint.hf_folder import iterate_tensors, save_state_dict
 from nanotrain.checkpoint.provenance import Provenance
 from nanotrain.config.engine import EngineConfig
+from nanotrain.config.errors import UserError
 from nanotrain.config.training import TrainingConfig
 from nanotrain.engines.base import Engine, StateWriter, StepResult
+from nanotrain.engines.data_parallel import LossSums, sum_count
 from nanotrain.engines.optimizer_in_backward import OptimizerInBackward
 from nanotrain.engines.out_of_memory import OutOfMemoryAdvice
 from nanotrain.engines.parameters import global_norm, parameter_dtype, place_model, weight_copies_of
 from nanotrain.engines.precision import apply_precision
 from nanotrain.engines.root import TrainingRoot
 from nanotrain.engines.torch_device import prepare_device
-from nanotrain.losses.base import LossFn, LossOutput
+from nanotrain.engines.torch_state import copy_rows_of, local_rows, restore, snapshot, whole_tensor
+from nanotrain.losses.base import LossFn
+from nanotrain.losses.language_modeling import CrossEntropy
 from nanotrain.model.batch import MicroBatch
-from nanotrain.model.head import HeadWeight
+from nanotrain.model.head import HeadWeight, OutputHead
 from nanotrain.model.hybrid import HybridModel
 from nanotrain.ops.backends import choose_kernels
 from nanotrain.ops.linear_cross_entropy import token_log_probabilities
 from nanotrain.optim.adamw import build_adamw
 from nanotrain.optim.low_precision_adamw import LowPrecisionAdamW
-
-MODEL_FILE, OPTIMIZER_FILE, RANDOM_FILE = "model.safetensors", "optimizer.pt", "random.pt"
+from nanotrain.planning.parameters import tensor_shapes
+from nanotrain.runtime.distributed import World, from_all, wait_for_all
 
 
 class TorchEngine(Engine):
-    """One process, one device. See `Engine` for the methods."""
+    """A whole model on this rank's device; several ranks average their gradients. See `Engine` for the methods."""
 
-    dp_rank = 0
-    dp_size = 1
-    num_devices = 1
-
-    def __init__(self, config: EngineConfig, model: HybridModel, training: TrainingConfig | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: HybridModel,
+        training: TrainingConfig | None = None,
+        world: World | None = None,
+    ) -> None:
+        """Build as `build_engine` says; `world` = the ranks that share the batches, None = this process alone."""
+        self._world = world or World()
+        self.dp_rank, self.dp_size = self._world.rank, self._world.size
+        self.num_devices = self._world.size
         self.device, self._autocast_dtype = prepare_device(config)
         self.model_config = model.config
         choose_kernels(config.kernels.choices(), self.device)
@@ -49,8 +61,10 @@ class TorchEngine(Engine):
         self._optimizer: torch.optim.AdamW | LowPrecisionAdamW | None = None
         self._in_backward: OptimizerInBackward | None = None
         with self._advice:
-            self._model = place_model(model, self.device, parameter_dtype(training, self._autocast_dtype))
-            self._root = TrainingRoot(self._model)
+            self._model = model
+            self._root = self._build_root(config, training)
+            self._trained: nn.Module = self._root
+            """What a training step calls; DDP around the root where there are replicas."""
             if training is None:
                 self._model.eval().requires_grad_(False)
                 return
@@ -59,9 +73,34 @@ class TorchEngine(Engine):
             self._model.checkpointed_kinds = config.activation_checkpointing.layer_kinds()
             self._clip = training.optimizer.gradient_clip
             self._optimizer = build_adamw(model.named_parameters(), training.optimizer, training.learning_rate)
+            self._connect_replicas(training)
         if training.optimizer.in_backward:
             assert isinstance(self._optimizer, LowPrecisionAdamW)
             self._in_backward = OptimizerInBackward(self._optimizer, weight_copies_of(self._model))
+
+    def _build_root(self, config: EngineConfig, training: TrainingConfig | None) -> TrainingRoot:
+        """Return the root module with the model where it is to be."""
+        del config
+        return TrainingRoot(place_model(self._model, self.device, parameter_dtype(training, self._autocast_dtype)))
+
+    def _connect_replicas(self, training: TrainingConfig) -> None:
+        if self.dp_size == 1:
+            return
+        if training.optimizer.in_backward:
+            raise UserError(
+                "`stage.training.optimizer.in_backward` updates a tensor before the ranks have added up its gradients, so"
+                " it is for one process only; set it to false, or start one process."
+            )
+        # Every rank draws or reads the same weights, so none are sent around.
+        self._trained = DistributedDataParallel(self._root, gradient_as_bucket_view=True, init_sync=False)
+        # DDP orders its buckets anew after the first backward pass, and with more than two ranks the order of a sum
+        # depends on its place in a bucket: without this the first step of a resumed run would round differently.
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+        with self._autocast():
+            output = self._trained(MicroBatch(ids, ids), CrossEntropy())
+        output.loss_sum.backward()
+        self._trained.zero_grad(set_to_none=True)
+        self._drop_weight_copies()
 
     def train_step(self, microbatches: Sequence[MicroBatch], loss_fn: LossFn, learning_rate: float) -> StepResult:
         assert self._optimizer is not None, "this engine was built without `training`"
@@ -69,18 +108,21 @@ class TorchEngine(Engine):
             "the optimizer in the backward pass cannot accumulate"
         )
         # Counted where the loader left the labels, before the first forward: the device is not waited for.
-        num_tokens = sum(int(loss_fn.denominator(batch)) for batch in microbatches)
+        num_tokens = sum_count(sum(int(loss_fn.denominator(batch)) for batch in microbatches), self._world)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        sums = _Sums()
+        sums = LossSums()
         with self._advice:
-            for batch in microbatches:
-                with self._autocast():
-                    output = self._root(batch.to(self.device), loss_fn)
-                if self._in_backward is not None:
-                    self._in_backward.begin(output.loss_sum)
-                (output.loss_sum / max(num_tokens, 1)).backward()
+            for number, batch in enumerate(microbatches, start=1):
+                with self._gradients_reduced(number == len(microbatches)):
+                    with self._autocast():
+                        output = self._trained(batch.to(self.device), loss_fn)
+                    if self._in_backward is not None:
+                        self._in_backward.begin(output.loss_sum)
+                    # Ranks average their gradients, hence the factor.
+                    (output.loss_sum * self.dp_size / max(num_tokens, 1)).backward()
                 sums.add(output)
+            sums.reduce(self._world)
             loss = sums.loss_sum / max(num_tokens, 1)
             if self._in_backward is not None:
                 grad_norm, skipped = self._in_backward.finish()
@@ -92,23 +134,38 @@ class TorchEngine(Engine):
     def _update(self, loss: float) -> tuple[float, bool]:
         """Clip and update from the gradients of all weights; return their norm and whether the step was skipped."""
         assert self._optimizer is not None
-        norm = global_norm([p.grad for p in self._model.parameters() if p.grad is not None])
+        norm = self._gradient_norm()
         grad_norm = float(norm)
         skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
         if not skipped:
             if self._clip > 0:
-                torch.nn.utils.clip_grads_with_norm_(self._model.parameters(), self._clip, norm)
+                self._clip_gradients(norm)
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return grad_norm, skipped
 
+    def _gradients_reduced(self, last: bool) -> AbstractContextManager[None]:
+        """Return the context of one micro-batch; ranks add up their gradients in the last one's backward pass."""
+        if isinstance(self._trained, DistributedDataParallel) and not last:
+            return self._trained.no_sync()
+        return nullcontext()
+
+    def _gradient_norm(self) -> Tensor:
+        """Return the global L2 norm [] fp32, the same on every rank."""
+        return global_norm([p.grad for p in self._model.parameters() if p.grad is not None])
+
+    def _clip_gradients(self, norm: Tensor) -> None:
+        torch.nn.utils.clip_grads_with_norm_(self._model.parameters(), self._clip, norm)
+
     @torch.no_grad()
     def evaluate(self, microbatches: Iterable[MicroBatch], loss_fn: LossFn) -> dict[str, float]:
-        sums, num_tokens = _Sums(), 0
+        sums, num_tokens = LossSums(), 0
         with self._evaluating():
             for batch in microbatches:
                 num_tokens += int(loss_fn.denominator(batch))
                 sums.add(self._root(batch.to(self.device), loss_fn))
+        num_tokens = sum_count(num_tokens, self._world)
+        sums.reduce(self._world)
         return {**sums.metrics(), "loss": sums.loss_sum / max(num_tokens, 1), "num_tokens": num_tokens}
 
     @torch.no_grad()
@@ -122,9 +179,8 @@ class TorchEngine(Engine):
 
     @torch.no_grad()
     def logprobs(self, batch: MicroBatch) -> Tensor:
-        batch = batch.to(self.device)
         with self._evaluating():
-            return token_log_probabilities(self._root(batch), self._model.output_weight(), batch.labels)
+            return self._root(batch.to(self.device), _label_log_probabilities)
 
     @contextmanager
     def inference_model(self) -> Iterator[HybridModel]:
@@ -132,11 +188,15 @@ class TorchEngine(Engine):
             yield self._model
 
     def init_weights(self, seed: int) -> None:
-        self._model.init_weights(seed)
+        self._model.init_weights(seed, copy_rows_of)
         self._drop_weight_copies()
 
     def load_hf(self, folder: Path) -> None:
-        self._model.load_state_dict(load_state_dict(folder))
+        parameters = dict(self._model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in iterate_tensors(folder):
+                copy_rows_of(parameters[name], tensor)
+        self._drop_weight_copies()
 
     def save_hf(
         self,
@@ -146,36 +206,41 @@ class TorchEngine(Engine):
         tokenizer_from: Path | None = None,
         provenance: Provenance | None = None,
     ) -> None:
-        save_model(self._model, folder, dtype=dtype, tokenizer_from=tokenizer_from, provenance=provenance)
+        parameters = dict(self._model.named_parameters())
+        if self._world.is_first:
+            save_state_dict(
+                parameters,
+                self.model_config,
+                folder,
+                dtype=dtype,
+                tokenizer_from=tokenizer_from,
+                provenance=provenance,
+                gather=lambda name: whole_tensor(parameters[name]),
+            )
+        else:
+            for name in tensor_shapes(self.model_config):
+                whole_tensor(parameters[name])
+        if self.dp_size > 1:
+            wait_for_all()
+
+    def first_difference(self, folder: Path) -> str | None:
+        found = None
+        parameters = dict(self._model.named_parameters())
+        for name, tensor in iterate_tensors(folder):
+            rows, first = local_rows(parameters[name])
+            stored = tensor[first : first + rows.shape[0]]
+            if found is None and not rows.cpu().equal(stored):
+                found = name
+        return next((name for name in from_all(found) if name is not None), None) if self.dp_size > 1 else found
 
     def snapshot_state(self) -> StateWriter:
         assert self._optimizer is not None, "only a training engine has a state to resume from"
-        weights = {name: _host_copy(p.detach()) for name, p in self._model.named_parameters()}
-        optimizer = tree_map_only(Tensor, _host_copy, self._optimizer.state_dict())
-        random = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
-
-        def write(folder: Path) -> None:
-            save_file(weights, folder / MODEL_FILE)
-            torch.save(optimizer, folder / OPTIMIZER_FILE)
-            torch.save(random, folder / RANDOM_FILE)
-
-        return write
+        return snapshot(self._model, self._optimizer, self._world, self.device)
 
     def load_state(self, folder: Path) -> None:
         assert self._optimizer is not None, "only a training engine can resume"
-        stored = load_file(folder / MODEL_FILE)
-        parameters = dict(self._model.named_parameters())
-        assert stored.keys() == parameters.keys(), "the state is of another architecture"
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(stored[name])
-        self._optimizer.load_state_dict(torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True))
-        random = torch.load(folder / RANDOM_FILE, map_location="cpu", weights_only=True)
-        torch.set_rng_state(random["cpu"])
-        if self.device.type == "cuda" and "cuda" in random:
-            torch.cuda.set_rng_state(random["cuda"], self.device)
+        restore(folder, self._model, self._optimizer, self._world, self.device)
+        self._drop_weight_copies()
 
     def _drop_weight_copies(self) -> None:
         """Drop the FP8 and bf16 copies, which are of the weights before they changed."""
@@ -200,31 +265,5 @@ class TorchEngine(Engine):
             self._model.train(training)
 
 
-def _host_copy(tensor: Tensor) -> Tensor:
-    """Return a contiguous copy in host memory, of its own even where the tensor is there already."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor)
-
-
-class _Sums:
-    """Adds losses and metrics up in double precision, on the device, so that nothing waits for a micro-batch."""
-
-    def __init__(self) -> None:
-        self._loss: Tensor | None = None
-        self._metrics: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def add(self, output: LossOutput) -> None:
-        loss = output.loss_sum.detach().double()
-        self._loss = loss if self._loss is None else self._loss + loss
-        for name, (total, count) in output.metrics.items():
-            total, count = total.detach().double(), count.detach().double()
-            if name in self._metrics:
-                total, count = total + self._metrics[name][0], count + self._metrics[name][1]
-            self._metrics[name] = (total, count)
-
-    @property
-    def loss_sum(self) -> float:
-        return 0.0 if self._loss is None else float(self._loss)
-
-    def metrics(self) -> dict[str, float]:
-        """Return sum over count of each metric, leaving out those that counted nothing."""
-        return {name: float(total / count) for name, (total, count) in self._metrics.items() if float(count)}
+def _label_log_probabilities(head: OutputHead, batch: MicroBatch) -> Tensor:
+    return token_log_probabilities(head.hidden_states, head.weight, batch.labels, vocab_shard=head.vocab_shard)

@@ -73,9 +73,9 @@ class HybridModel(nn.Module):
         self._tie()
         return self
 
-    def init_weights(self, seed: int) -> None:
-        """Draw all parameters (model/initialization.py); the same seed gives the same values on every device."""
-        initialization.init_weights(self, self.config, seed)
+    def init_weights(self, seed: int, assign: Callable[[Tensor, Tensor], None] = initialization.copy_into) -> None:
+        """Draw all parameters (model/initialization.py, which says what `assign` is); the same on every device."""
+        initialization.init_weights(self, self.config, seed, assign)
 
     def output_weight(self) -> Tensor:
         """Return the output matrix [V, D]."""

@@ -6,6 +6,7 @@ on the device, and a sharded or meta-built model can draw any of them alone.
 
 import hashlib
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -16,7 +17,17 @@ from nanotrain.config.model import ModelConfig
 _OUTPUT_SIDE = ("out_proj.weight", "o_proj.weight", "down_proj.weight")
 
 
-def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
+def copy_into(parameter: Tensor, value: Tensor) -> None:
+    """Set a parameter that is whole on this rank."""
+    parameter.copy_(value)
+
+
+def init_weights(
+    model: nn.Module,
+    config: ModelConfig,
+    seed: int,
+    assign: Callable[[Tensor, Tensor], None] = copy_into,
+) -> None:
     """Set every parameter in place.
 
     Linear weights and embeddings are normal with `initializer_range`; matrices that write to the residual stream are
@@ -30,12 +41,13 @@ def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
         model: a model whose parameters have storage (not meta).
         config: its architecture.
         seed: any integer.
+        assign: (parameter, whole value) sets it; a divided parameter takes its rows.
     """
 
     def fill(named: tuple[str, nn.Parameter]) -> None:
         name, parameter = named
         with torch.no_grad():
-            parameter.copy_(initial_value(name, tuple(parameter.shape), config, seed))
+            assign(parameter, initial_value(name, tuple(parameter.shape), config, seed))
 
     # One generator draws one number after the other, so a large model needs several of them at once.
     with ThreadPoolExecutor(min(torch.get_num_threads(), 16)) as pool:

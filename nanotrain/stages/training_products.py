@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanotrain.checkpoint.hf_folder import load_config, load_model, load_tokenizer
+from nanotrain.checkpoint.hf_folder import load_config, load_tokenizer
 from nanotrain.checkpoint.provenance import Provenance
 from nanotrain.config.errors import UserError
 from nanotrain.config.model import ModelConfig
@@ -13,6 +13,7 @@ from nanotrain.data.manifest import DataFolder
 from nanotrain.engines.base import Engine
 from nanotrain.evaluation.held_out import held_out_bits_per_byte
 from nanotrain.planning.parameters import count_parameters
+from nanotrain.runtime.distributed import current_world, wait_for_all
 from nanotrain.runtime.files import file_digest, folder_digest, write_json_atomic
 from nanotrain.runtime.run import Run
 from nanotrain.training.loop import TrainingSummary
@@ -123,7 +124,9 @@ def save_trained(
         "blend": blend,
         **extra,
     }
-    write_json_atomic(run.folder / RESULTS, results)
+    if current_world().is_first:
+        write_json_atomic(run.folder / RESULTS, results)
+    wait_for_all()
     return folder
 
 
@@ -142,8 +145,5 @@ def parent_of(run: Run) -> dict[str, str]:
 def _verify(engine: Engine, folder: Path) -> None:
     """Assert that the folder holds the engine's weights, bit for bit, and its architecture."""
     assert load_config(folder) == engine.model_config, f"{folder} was written with another architecture"
-    with engine.inference_model() as model:
-        trained = model.state_dict()
-        stored = load_model(folder, dtype=model.output_weight().dtype).state_dict()
-        for name, tensor in trained.items():
-            assert tensor.cpu().equal(stored[name]), f"{folder}: {name} differs from the trained weights"
+    different = engine.first_difference(folder)
+    assert different is None, f"{folder}: {different} differs from the trained weights"
