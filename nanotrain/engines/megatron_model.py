@@ -230,10 +230,14 @@ def snapshot(root: MegatronRoot, optimizer: MegatronOptimizer, dp_cp_group: dist
     return write
 
 
-def restore(root: MegatronRoot, optimizer: MegatronOptimizer, dp_cp_group: dist.ProcessGroup, folder: Path) -> None:
+def restore(
+    root: MegatronRoot, optimizer: MegatronOptimizer, dp_cp_group: dist.ProcessGroup, folder: Path
+) -> None:
     """Read what `snapshot` wrote under this or another layout."""
     with torch.no_grad():
-        state = dist_checkpointing.load(_sharded_state(root, optimizer, dp_cp_group, is_loading=True), str(folder))
+        state = dist_checkpointing.load(
+            _sharded_state(root, optimizer, dp_cp_group, is_loading=True), str(folder)
+        )
         root.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
 
