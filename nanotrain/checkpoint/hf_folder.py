@@ -6,7 +6,9 @@ config.json, *.safetensors, generation_config.json, nanotrain.json (provenance),
 import dataclasses
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from nanotrain.checkpoint import config_json
 from nanotrain.checkpoint.model_card import CARD_FILE, model_card
 from nanotrain.checkpoint.provenance import Provenance, load_provenance, save_provenance
-from nanotrain.checkpoint.tensor_files import read_tensors, write_tensors
+from nanotrain.checkpoint.tensor_files import StoredTensors, open_tensors, write_tensors
 from nanotrain.checkpoint.verification import compare_with_transformers
 from nanotrain.config.errors import MissingInputError, UserError
 from nanotrain.config.model import ModelConfig
@@ -65,47 +67,75 @@ def load_state_dict(folder: Path | str, dtype: torch.dtype | None = None) -> dic
 def iterate_tensors(folder: Path | str, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """Yield (HybridModel's name, tensor on the CPU), one in memory at a time; without `lm_head.weight` where it is tied.
 
-    Arguments and errors as for `load_state_dict`; what is missing is known, and raised, at the end.
+    Arguments and errors as for `load_state_dict`.
     """
-    folder = Path(folder)
-    config = load_config(folder)
-    missing = dict(tensor_shapes(config))
     tied: dict[str, Tensor] = {}
-    for name, tensor in _checked_tensors(folder, config, dtype):
-        missing.pop(name, None)
-        if config.tie_word_embeddings and name in (_EMBEDDINGS, _HEAD):
-            tied[name] = tensor
-        if name != _HEAD or not config.tie_word_embeddings:
-            yield name, tensor
-    if missing:
-        raise UserError(
-            f"{folder}: the tensor {min(missing)} is missing ({len(missing)} in all); copy the folder again."
-        )
+    with open_checkpoint(folder) as checkpoint:
+        is_tied = checkpoint.config.tie_word_embeddings
+        for name, stored_name in checkpoint.stored_names.items():
+            tensor = checkpoint.stored.read_whole(stored_name)
+            if is_tied and name in (_EMBEDDINGS, _HEAD):
+                tied[name] = tensor
+            if name != _HEAD or not is_tied:
+                yield name, tensor if dtype is None else tensor.to(stored_dtype(name, dtype), copy=True)
     if len(tied) == 2 and not torch.equal(tied[_HEAD], tied[_EMBEDDINGS]):
         raise UserError(f"{folder}: `tie_word_embeddings` is true but {_HEAD} differs from the embeddings.")
 
 
-def _checked_tensors(folder: Path, config: ModelConfig, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """A checkpoint folder whose tensors are read one by one, or in parts."""
+
+    config: ModelConfig
+    stored: StoredTensors
+    stored_names: dict[str, str]
+    """HybridModel's name -> name on disk, in the order of the files."""
+
+    def read(self, name: str, dim: int, ranges: Sequence[tuple[int, int]]) -> Tensor:
+        """Return [start, stop) ranges of a tensor along a dimension, one after the other.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        return self.stored.read(self.stored_names[name], dim, ranges)
+
+
+@contextmanager
+def open_checkpoint(folder: Path | str) -> Iterator[OpenCheckpoint]:
+    """Open a checkpoint folder and check that its tensors are those of its config.json.
+
+    Raises:
+        UserError: as `load_config`; or a tensor is missing, unexpected or of the wrong shape, or a file is corrupt.
+    """
+    folder = Path(folder)
+    config = load_config(folder)
+    with open_tensors(folder) as stored:
+        yield OpenCheckpoint(config, stored, _checked_names(folder, config, stored.shapes))
+
+
+def _checked_names(folder: Path, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     expected = tensor_shapes(config)
-    if config.tie_word_embeddings:
-        expected[_HEAD] = expected[_EMBEDDINGS]
-    seen: dict[str, str] = {}
-    for stored_name, tensor in read_tensors(folder):
+    optional = {_HEAD: expected[_EMBEDDINGS]} if config.tie_word_embeddings else {}
+    names: dict[str, str] = {}
+    for stored_name, shape in shapes.items():
         name = _canonical(stored_name)
-        if name not in expected:
+        if name not in expected | optional:
             raise UserError(
                 f"{folder}: the tensor {stored_name} is unexpected for the layers {config.hybrid_layer_pattern};"
                 " config.json and weights do not belong together."
             )
-        if name in seen:
-            raise UserError(f"{folder}: the tensors {seen[name]} and {stored_name} are the same one; remove one.")
-        seen[name] = stored_name
-        if tuple(tensor.shape) != expected[name]:
+        if name in names:
+            raise UserError(f"{folder}: the tensors {names[name]} and {stored_name} are the same one; remove one.")
+        names[name] = stored_name
+        if shape != (expected | optional)[name]:
             raise UserError(
-                f"{folder}: the tensor {stored_name} has the shape {list(tensor.shape)}, config.json says"
-                f" {list(expected[name])}; config.json and weights do not belong together."
+                f"{folder}: the tensor {stored_name} has the shape {list(shape)}, config.json says"
+                f" {list((expected | optional)[name])}; config.json and weights do not belong together."
             )
-        yield name, tensor if dtype is None else tensor.to(_stored_dtype(name, dtype), copy=True)
+    missing = sorted(expected.keys() - names.keys())
+    if missing:
+        raise UserError(f"{folder}: the tensor {missing[0]} is missing ({len(missing)} in all); copy the folder again.")
+    return names
 
 
 def _canonical(name: str) -> str:
@@ -116,7 +146,8 @@ def _canonical(name: str) -> str:
     return name
 
 
-def _stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return a tensor's dtype in a checkpoint of `dtype`: A_log, D and dt_bias are at least fp32."""
     return torch.promote_types(dtype, torch.float32) if name.rsplit(".", maxsplit=1)[-1] in FP32_TENSORS else dtype
 
 
@@ -198,18 +229,29 @@ def save_state_dict(
         # transformers does not tie this model's matrices whatever its config says, so both are written.
         sizes[_HEAD] = sizes[_EMBEDDINGS]
     tensors = _tensors_to_write(gather or state_dict.__getitem__, dtypes, config)
-    name = str(dtypes[_EMBEDDINGS]).removeprefix("torch.")
-    if provenance is not None:
-        provenance = _with_inherited_changes(provenance)
     with folder_atomic(folder) as temporary:
         write_tensors(tensors, sizes, temporary, max_shard_bytes)
-        write_json_atomic(temporary / config_json.CONFIG_FILE, config_json.to_json(config, name))
-        write_json_atomic(temporary / "generation_config.json", config_json.generation_json(config))
-        write_bytes_atomic(temporary / CARD_FILE, model_card(config, name, provenance).encode())
-        if provenance is not None:
-            save_provenance(temporary, provenance)
-        if tokenizer_from is not None:
-            copy_tokenizer(tokenizer_from, temporary)
+        write_description(temporary, config, dtypes[_EMBEDDINGS], tokenizer_from, provenance)
+
+
+def write_description(
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    tokenizer_from: Path | None,
+    provenance: Provenance | None,
+) -> None:
+    """Write everything but the weights into an existing folder; arguments as `save_state_dict`."""
+    name = str(dtype).removeprefix("torch.")
+    if provenance is not None:
+        provenance = _with_inherited_changes(provenance)
+    write_json_atomic(folder / config_json.CONFIG_FILE, config_json.to_json(config, name))
+    write_json_atomic(folder / "generation_config.json", config_json.generation_json(config))
+    write_bytes_atomic(folder / CARD_FILE, model_card(config, name, provenance).encode())
+    if provenance is not None:
+        save_provenance(folder, provenance)
+    if tokenizer_from is not None:
+        copy_tokenizer(tokenizer_from, folder)
 
 
 def _dtypes_to_write(
@@ -218,7 +260,7 @@ def _dtypes_to_write(
     shapes = tensor_shapes(config)
     given = {name: tuple(tensor.shape) for name, tensor in state_dict.items() if name in shapes}
     assert given == shapes, "the tensors are not those of the configuration"
-    return {name: _stored_dtype(name, dtype or state_dict[name].dtype) for name in shapes}
+    return {name: stored_dtype(name, dtype or state_dict[name].dtype) for name in shapes}
 
 
 def _tensors_to_write(

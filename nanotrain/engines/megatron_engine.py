@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ class MegatronEngine(Engine):
     """One rank of a model spread by Megatron-Core. See `Engine` for the methods."""
 
     def __init__(self, config: EngineConfig, model: HybridModel, training: TrainingConfig | None = None) -> None:
+        config = _own_stages(config, model, training)
         require_supported(config, model.config, None if training is None else training.optimizer)
         start_ranks()
         set_threads(config.threads)
@@ -410,6 +411,18 @@ class MegatronEngine(Engine):
             yield
         finally:
             self._model.train(training)
+
+
+def _own_stages(config: EngineConfig, model: HybridModel, training: TrainingConfig | None) -> EngineConfig:
+    """Split a teacher evenly where `pipeline_layers` is written for the other number of layers of its student."""
+    megatron, num_layers = config.megatron, model.config.num_hidden_layers
+    if training is not None or not megatron.pipeline_layers or sum(megatron.pipeline_layers) == num_layers:
+        return config
+    log_once(
+        f"engine megatron: `pipeline_layers` ({megatron.pipeline_layers}) are the trained model's; the {num_layers} layers"
+        " of the teacher are split evenly"
+    )
+    return replace(config, megatron=replace(megatron, pipeline_layers=[]))
 
 
 def _detached(output: LossOutput | Tensor) -> LossOutput | Tensor:

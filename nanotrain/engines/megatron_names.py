@@ -6,7 +6,7 @@ ssm/mamba_mixer.py (partition_sizes of in_proj and the convolution).
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -218,6 +218,17 @@ def _join(shards: Sequence[Tensor], blocks: tuple[int, ...], dim: int) -> Tensor
     """Join each block over the ranks, then the blocks."""
     split = [shard.split([block // len(shards) for block in blocks], dim=dim) for shard in shards]
     return torch.cat([part for block in zip(*split, strict=True) for part in block], dim=dim)
+
+
+def in_file_order(sources: Mapping[str, Source], stored_names: Iterable[str]) -> list[tuple[str, Source]]:
+    """Return the parameters sorted so that a checkpoint's files are read from front to back.
+
+    Args:
+        sources: of `stage_sources`.
+        stored_names: HybridModel's names in the order of the files.
+    """
+    position = {name: index for index, name in enumerate(stored_names)}
+    return sorted(sources.items(), key=lambda item: position[item[1].hf_names[0]])
 
 
 def ranges_of(tensors: Mapping[str, Tensor]) -> ReadRanges:

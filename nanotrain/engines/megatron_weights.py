@@ -9,9 +9,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanotrain.checkpoint.hf_folder import iterate_tensors
+from nanotrain.checkpoint.hf_folder import open_checkpoint
 from nanotrain.config.model import ModelConfig
-from nanotrain.engines.megatron_names import Source, ranges_of, shard_shape, stage_sources, to_hf, to_megatron
+from nanotrain.engines.megatron_names import (
+    Source,
+    in_file_order,
+    ranges_of,
+    shard_shape,
+    stage_sources,
+    to_hf,
+    to_megatron,
+)
 from nanotrain.model.initialization import initial_value
 from nanotrain.planning.parameters import tensor_shapes
 
@@ -65,23 +73,17 @@ def _part(place: Place, source: Source, tensors: dict[str, Tensor]) -> Tensor:
 
 
 def load(place: Place, folder: Path, assign: Assign) -> None:
-    """Set this rank's parameters from a checkpoint folder, one tensor in memory at a time.
+    """Set this rank's parameters from a checkpoint folder, reading no more of it than they are.
 
     Raises:
         UserError: the folder holds another architecture, or is not whole.
     """
-    waiting: dict[str, Tensor] = {}
-    remaining = place.sources()
-    for hf_name, tensor in iterate_tensors(folder):
-        for name, source in remaining.items():
-            if hf_name in source.hf_names:
-                waiting[hf_name] = tensor
-                if waiting.keys() >= set(source.hf_names):
-                    assign(name, _part(place, source, waiting))
-                    for used in source.hf_names:
-                        del waiting[used]
-                    del remaining[name]
-                break
+    with open_checkpoint(folder) as checkpoint:
+        for name, source in in_file_order(place.sources(), checkpoint.stored_names):
+            part = to_megatron(
+                place.config, source, checkpoint.read, tp_rank=place.tp_rank, tp_size=place.tp_size
+            )
+            assign(name, part)
 
 
 class Export:

@@ -1,15 +1,20 @@
 """The name table: round trips under every layout, and the cuts checked against the published facts by other arithmetic."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from nanotrain.checkpoint.hf_folder import load_state_dict, open_checkpoint, save_state_dict, write_description
+from nanotrain.checkpoint.tensor_files import plan_files, write_files, write_index
 from nanotrain.config.megatron import MegatronConfig
 from nanotrain.config.model import ModelConfig
 from nanotrain.engines.megatron_names import (
+    Source,
     find_source,
+    in_file_order,
     ranges_of,
     shard_shape,
     stage_sources,
@@ -131,3 +136,38 @@ def test_vocabulary_is_padded_with_zero_rows_at_the_end() -> None:
 def test_unknown_names_are_refused(name: str) -> None:
     with pytest.raises(KeyError):
         find_source(SMALL, name)
+
+
+@pytest.mark.parametrize("tp_size", [1, 8])
+def test_folders_stream_in_and_out_part_by_part(tmp_path: Path, tp_size: int) -> None:
+    """Each rank reads its own cuts from the files in their order; each stage writes its own files."""
+    state = {name: torch.randn(shape).bfloat16() for name, shape in tensor_shapes(SMALL).items()}
+    save_state_dict(state, SMALL, tmp_path / "hf", max_shard_bytes=4000)
+    sizes = {name: tensor.nbytes for name, tensor in state.items()}
+    stages = [
+        stage_sources(SMALL, layers, fused_norms=False)
+        for layers in stage_layers(SMALL.num_hidden_layers, MegatronConfig(pipeline_parallel=3))
+    ]
+    plan = plan_files(sizes, 4000, starts=[next(iter(stage.values())).hf_names[0] for stage in stages])
+    (tmp_path / "again").mkdir()
+    write_index(plan, sizes, tmp_path / "again")
+    write_description(tmp_path / "again", SMALL, torch.bfloat16, None, None)
+    with open_checkpoint(tmp_path / "hf") as checkpoint:
+        for stage in reversed(stages):
+            read_from = []
+            shards: dict[str, list[Tensor]] = {name: [] for name in stage}
+            for rank in range(tp_size):
+                for name, source in in_file_order(stage, checkpoint.stored_names):
+                    read_from.append(list(checkpoint.stored_names).index(source.hf_names[0]))
+                    held = to_megatron(SMALL, source, checkpoint.read, tp_rank=rank, tp_size=tp_size)
+                    shards[name].append(held)
+            assert read_from == sorted(set(read_from)) * tp_size
+            write_files(plan, _gathered(stage, shards), tmp_path / "again")
+    again = load_state_dict(tmp_path / "again")
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[name], state[name]) for name in state)
+
+
+def _gathered(stage: dict[str, Source], shards: dict[str, list[Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for name, source in stage.items():
+        yield from to_hf(SMALL, source, shards[name]).items()

@@ -1,0 +1,128 @@
+"""The Megatron engine on CPU ranks against the torch engine in one process: one seed, one sequence of batches, fp32."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+
+from nanotrain.checkpoint.hf_folder import load_state_dict
+from nanotrain.losses.language_modeling import CrossEntropy
+from tests.engines.megatron_ranks import (
+    SEED,
+    TEACHER,
+    TEACHER_SEED,
+    Curve,
+    Layout,
+    all_batches,
+    build,
+    compare_distillation,
+    compare_layouts,
+    continue_elsewhere,
+    distill,
+    train,
+)
+from tests.ranks import run_ranks
+
+NUM_STEPS = 20
+TWO_RANKS = {
+    "tp2": Layout(tp=2),
+    "tp2_sp": Layout(tp=2, sp=True, options={"recompute": "full"}),
+    "pp2": Layout(pp=2),
+    "cp2": Layout(cp=2),
+    "dp2": Layout(),
+}
+FOUR_RANKS = {
+    "tp2_pp2": Layout(tp=2, pp=2),
+    "tp2_pp2_sp": Layout(tp=2, pp=2, sp=True),
+    "tp2_dp2": Layout(tp=2, options={"distributed_optimizer": False}),
+    "tp2_dp2_sp": Layout(tp=2, sp=True),
+    "tp2_cp2_sp": Layout(tp=2, cp=2, sp=True),
+}
+LOSS, GRAD_NORM = 1e-5, 1e-4
+"""Relative, a step. fp32 sums in another order."""
+WEIGHTS = 2e-4
+"""Absolute, after 20 steps of 1e-3: AdamW divides gradients near zero by their own size."""
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> dict[bool, tuple[Curve, Path]]:
+    """The torch engine's curve and checkpoint, by whether rows are packed."""
+    found = {}
+    for packed in (False, True):
+        engine = build(None)
+        engine.init_weights(SEED)
+        curve = train(engine, range(NUM_STEPS), packed=packed)
+        folder = tmp_path_factory.mktemp("torch") / "hf"
+        engine.save_hf(folder)
+        found[packed] = (curve, folder)
+    return found
+
+
+def assert_same_curve(got: Curve, expected: Curve) -> None:
+    assert got.num_tokens == expected.num_tokens
+    assert got.losses == pytest.approx(expected.losses, rel=LOSS)
+    assert got.grad_norms == pytest.approx(expected.grad_norms, rel=GRAD_NORM)
+    assert got.evaluation == pytest.approx(expected.evaluation, rel=LOSS)
+    torch.testing.assert_close(got.logprobs, expected.logprobs, rtol=1e-4, atol=1e-4)
+
+
+def check_layouts(layouts: dict[str, Layout], num_ranks: int, reference, folder: Path) -> None:
+    ranks = run_ranks(compare_layouts, num_ranks, layouts, str(folder), NUM_STEPS)
+    for name, layout in layouts.items():
+        expected, checkpoint = reference[layout.packed]
+        for curves in ranks:
+            assert_same_curve(curves[name], expected)
+        weights = load_state_dict(checkpoint)
+        for tensor, value in load_state_dict(folder / name).items():
+            torch.testing.assert_close(value, weights[tensor], rtol=0, atol=WEIGHTS, msg=lambda m, n=name, t=tensor: f"{n} {t}: {m}")
+
+
+def test_two_ranks_train_like_one_process(reference, tmp_path):
+    check_layouts(TWO_RANKS, 2, reference, tmp_path)
+
+
+@pytest.mark.slow
+def test_four_ranks_train_like_one_process(reference, tmp_path):
+    check_layouts(FOUR_RANKS, 4, reference, tmp_path)
+
+
+@pytest.mark.slow
+def test_one_rank_trains_like_the_torch_engine(reference, tmp_path):
+    layouts = {"one": Layout(), "selective": Layout(options={"recompute": "selective"})}
+    check_layouts(layouts, 1, reference, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_goes_on_in_the_torch_engine(tmp_path):
+    (curves, _) = run_ranks(compare_layouts, 2, {"tp2": Layout(tp=2)}, str(tmp_path), 3)
+    engine = build(None)
+    engine.load_hf(tmp_path / "tp2")
+    batch = all_batches(99, packed=True)[0]
+    torch.testing.assert_close(engine.logprobs(batch), curves["tp2"].logprobs, rtol=1e-5, atol=1e-5)
+    scores = engine.evaluate(all_batches(99, packed=True), CrossEntropy())
+    assert scores == pytest.approx(curves["tp2"].evaluation, rel=LOSS)
+
+
+@pytest.mark.slow
+def test_distillation_with_both_models_spread(tmp_path):
+    student, teacher = build(None), build(None, model=TEACHER, training=False)
+    student.init_weights(SEED)
+    teacher.init_weights(TEACHER_SEED)
+    expected = distill(student, teacher, 5, packed=True)
+    layouts = {"tp2": Layout(tp=2), "tp2_sp": Layout(tp=2, sp=True), "pp2": Layout(pp=2), "cp2": Layout(cp=2)}
+    del layouts["cp2"]
+    for found in run_ranks(compare_distillation, 2, layouts, 5):
+        for name, steps in found.items():
+            for got, wanted in zip(steps, expected, strict=True):
+                assert got == pytest.approx(wanted, rel=GRAD_NORM), name
+
+
+@pytest.mark.slow
+def test_a_state_continues_under_another_layout(tmp_path):
+    first, second = Layout(tp=2), Layout(pp=2)
+    for straight, same, other in run_ranks(continue_elsewhere, 4, first, second, str(tmp_path)):
+        assert same.losses == straight.losses
+        assert same.grad_norms == straight.grad_norms
+        assert_same_curve(other, straight)
