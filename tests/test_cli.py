@@ -14,7 +14,7 @@ from nanotrain.runtime.signals import Preempted
 from tests.pipeline.conftest import write_family
 from tests.pipeline.fake_stages import FakeStages, build_report
 
-COMMANDS = ([], ["run"], ["report"], ["chat"], ["export"])
+COMMANDS = ([], ["run"], ["plan"], ["report"], ["chat"], ["export"])
 
 
 @pytest.fixture

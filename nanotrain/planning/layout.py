@@ -298,7 +298,7 @@ def nearest_layouts(
 
 def _proposals(model: ModelConfig, training: TrainingConfig, engine: EngineConfig, world_size: int) -> str:
     texts = [
-        f"{layout.world_size} ranks with {_described(model, engine, layout)}"
+        f"{layout.world_size} {'rank' if layout.world_size == 1 else 'ranks'} with {_described(model, engine, layout)}"
         for layout in nearest_layouts(model, training, engine, world_size)
     ]
     return f"what works: {' or '.join(texts)}" if texts else ""

@@ -67,7 +67,7 @@ def test_layouts_are_refused_before_anything_starts(load, monkeypatch):
     with pytest.raises(UserError, match=r"`engine\.megatron\.tensor_parallel` \(2\) must divide .*`n_groups` \(1\)"):
         check(load("pipeline", *wide))
     two = ("engine.kind=megatron", "engine.megatron.pipeline_parallel=2")
-    with pytest.raises(UserError, match=r"= 2 must divide the number of ranks \(1\); what works: 1 ranks? with"):
+    with pytest.raises(UserError, match=r"= 2 must divide the number of ranks \(1\); what works: 1 rank with"):
         check(load("pipeline", *two))
     for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
