@@ -304,11 +304,9 @@ class MegatronEngine(Engine):
 
     def init_weights(self, seed: int) -> None:
         initialise(self._place, seed, self._assign)
-        self._weights_changed()
 
     def load_hf(self, folder: Path) -> None:
         load(self._place, folder, self._assign)
-        self._weights_changed()
 
     def save_hf(
         self,
@@ -350,7 +348,7 @@ class MegatronEngine(Engine):
     @torch.no_grad()
     def _assign(self, name: str, value: Tensor) -> None:
         """Set a parameter and, where it is narrower than fp32, this rank's part of its fp32 master."""
-        parameter = self._parameters[name]
+        parameter, value = self._parameters[name], value.to(self.device)
         parameter.copy_(value)
         master = self._master(parameter)
         if master is not None:
@@ -381,11 +379,6 @@ class MegatronEngine(Engine):
             if parameter in optimizer.model_param_gbuf_map:
                 return _Master(values, optimizer._get_model_param_range_map(parameter)["param"].start, True)
         raise AssertionError("a master without a place in the distributed optimizer")
-
-    def _weights_changed(self) -> None:
-        """Let every rank start from the same weights, and FP8 weights from the masters."""
-        if self._config.fp8_param and self._optimizer is not None:
-            self._optimizer.reload_model_params()
 
     def snapshot_state(self) -> StateWriter:
         assert self._optimizer is not None, "only a training engine has a state to resume from"

@@ -41,7 +41,9 @@ from nanotrain.ops.ssd import ssd_scan
 
 def norm_weight(config: TransformerConfig) -> nn.Parameter:
     """Return the weight of an RMSNorm between layers; under sequence parallelism its gradients are summed over ranks."""
-    weight = nn.Parameter(torch.empty(config.hidden_size, device=torch.cuda.current_device(), dtype=config.params_dtype))
+    weight = nn.Parameter(
+        torch.empty(config.hidden_size, device=torch.cuda.current_device(), dtype=config.params_dtype)
+    )
     weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # read by finalize_model_grads
     return weight
 
@@ -205,9 +207,7 @@ class TorchMambaMixer(MambaMixer):
             chunk_size=self.chunk_size,
             segment_ids=segment_ids,
         )
-        y, z = (
-            cp.post_conv_ssm(t.transpose(0, 1).contiguous(), packed_seq_params) for t in (y.flatten(2), z)
-        )
+        y, z = (cp.post_conv_ssm(t.transpose(0, 1).contiguous(), packed_seq_params) for t in (y.flatten(2), z))
         return self.norm(y, z)
 
 

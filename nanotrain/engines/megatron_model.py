@@ -18,6 +18,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.ssm.mamba_mixer import MAMBA_HAS_STATE_DTYPE
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -82,6 +83,9 @@ def transformer_config(
         sequence_parallel=megatron.sequence_parallel,
         pipeline_model_parallel_size=megatron.pipeline_parallel,
         context_parallel_size=megatron.context_parallel,
+        # Ranks that share a GPU talk over gloo, which sends no CUDA tensor from one rank to another.
+        cp_comm_type="a2a" if on_gpu and dist.get_backend() == "gloo" else "p2p",
+        mamba_training_ssm_states_dtype=torch.float32 if MAMBA_HAS_STATE_DTYPE else None,
         **_recompute(megatron.recompute),
         **_fp8(engine, training),
     )
@@ -274,7 +278,5 @@ def _with_torch_adamw(optimizer: MegatronOptimizer) -> list[Any]:
     """Return Megatron's distributed optimizers around torch's AdamW; none where Transformer Engine's fused one is."""
     chained: list[Any] = optimizer.chained_optimizers
     return [
-        one
-        for one in chained
-        if isinstance(one, DistributedOptimizer) and isinstance(one.optimizer, torch.optim.AdamW)
+        one for one in chained if isinstance(one, DistributedOptimizer) and isinstance(one.optimizer, torch.optim.AdamW)
     ]

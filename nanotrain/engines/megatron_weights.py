@@ -80,9 +80,7 @@ def load(place: Place, folder: Path, assign: Assign) -> None:
     """
     with open_checkpoint(folder) as checkpoint:
         for name, source in in_file_order(place.sources(), checkpoint.stored_names):
-            part = to_megatron(
-                place.config, source, checkpoint.read, tp_rank=place.tp_rank, tp_size=place.tp_size
-            )
+            part = to_megatron(place.config, source, checkpoint.read, tp_rank=place.tp_rank, tp_size=place.tp_size)
             assign(name, part)
 
 

@@ -5,8 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-
 from nanotrain.checkpoint.hf_folder import load_state_dict
 from nanotrain.losses.language_modeling import CrossEntropy
 from tests.engines.megatron_ranks import (
@@ -24,6 +22,8 @@ from tests.engines.megatron_ranks import (
     train,
 )
 from tests.ranks import run_ranks
+
+pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
 NUM_STEPS = 20
 TWO_RANKS = {
@@ -76,7 +76,9 @@ def check_layouts(layouts: dict[str, Layout], num_ranks: int, reference, folder:
             assert_same_curve(curves[name], expected)
         weights = load_state_dict(checkpoint)
         for tensor, value in load_state_dict(folder / name).items():
-            torch.testing.assert_close(value, weights[tensor], rtol=0, atol=WEIGHTS, msg=lambda m, n=name, t=tensor: f"{n} {t}: {m}")
+            torch.testing.assert_close(
+                value, weights[tensor], rtol=0, atol=WEIGHTS, msg=lambda m, n=name, t=tensor: f"{n} {t}: {m}"
+            )
 
 
 def test_two_ranks_train_like_one_process(reference, tmp_path):
