@@ -127,10 +127,9 @@ def test_every_layout_has_the_planned_names_shapes_and_bytes(published: Callable
             Case(small, uneven, 3, [0, 1, 2], by_engine=True),
             Case(small, both_splits, 16, [0, 3, 14], by_engine=True),
             Case(published("9b"), MegatronConfig(tensor_parallel=4, pipeline_parallel=2, **SP), 8, [1, 6]),
-            Case(published("12b"), long_context, 128, [77]),
             Case(published("12b"), long_context, 128, [77], by_engine=True),
-            Case(published("12b"), LARGEST, 1024, [300, 1023], by_engine=True),
-            *accepted_layouts(small, 8),
+            Case(published("12b"), LARGEST, 1024, [1023], by_engine=True),
+            *accepted_layouts(small, 6),
         ]
     )
 
@@ -162,7 +161,7 @@ def accepted_layouts(small: ModelConfig, number: int) -> list[Case]:
             check_layout(case.model, TRAINING, engine, case.world_size)
         except UserError:
             continue
-        accepted.append(dataclasses.replace(case, ranks=[0, case.world_size - 1]))
+        accepted.append(dataclasses.replace(case, ranks=[case.world_size - 1]))
     assert len({(case.megatron.tensor_parallel, case.megatron.context_parallel) for case in accepted}) > 3
     return accepted
 
