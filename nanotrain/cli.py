@@ -1,4 +1,4 @@
-"""The command line: `nanotrain run | report | chat | export`.
+"""The command line: `nanotrain run | plan | report | chat | export`.
 
 Help comes in a blink: PyTorch and Hydra are imported by the command that needs them.
 Exit codes: 0 done, 1 our defect (with its traceback), 2 the user can mend it (one sentence), 75 preempted and saved.
@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(command=_run)
 
+    plan = commands.add_parser(
+        "plan",
+        help="print layout, operations and memory of a recipe's training",
+        description="Plans the training entries of a recipe on a number of GPUs; runs nothing, and needs none.",
+    )
+    plan.add_argument("recipe", metavar="RECIPE", help="as for run")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    plan.add_argument(
+        "--ranks", type=_positive, metavar="N", help="GPUs of the run (default: one, or one copy of the model)"
+    )
+    plan.set_defaults(command=_plan)
+
     report = commands.add_parser("report", help="write report.html and report.json of a run again")
     report.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="output folder of a run, such as runs/quickstart")
     report.set_defaults(command=_report)
@@ -111,12 +124,18 @@ def _non_negative(text: str) -> int:
     return int(text)
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
 def _flags_first(argv: list[str]) -> list[str]:
-    """Let the flags of `run` stand anywhere between the overrides, which argparse alone does not.
+    """Let the flags of `run` and `plan` stand anywhere between the overrides, which argparse alone does not.
 
     `--force` takes the word after it only if that can be an entry's name: not an override, a flag or a recipe.
     """
-    if not argv or argv[0] != "run":
+    if not argv or argv[0] not in ("run", "plan"):
         return argv
     flags, positionals = [], []
     words = iter(argv[1:])
@@ -125,11 +144,13 @@ def _flags_first(argv: list[str]) -> list[str]:
             positionals += list(words)
         elif word == "--force":
             flags.append(word)
+        elif word == "--ranks":
+            flags += [word, *islice(words, 1)]
         elif flags and flags[-1] == "--force" and word is not argv[0] and re.fullmatch(r"[A-Za-z0-9][\w-]*", word):
             flags[-1] = f"--force={word}"
         else:
             (flags if word.startswith("-") and word != "-" else positionals).append(word)
-    return ["run", *flags, "--", *positionals]
+    return [argv[0], *flags, "--", *positionals]
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -204,6 +225,14 @@ def _build_report(output_dir: Path) -> None:
     from nanotrain.report.build import build_report
 
     build_report(output_dir)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from nanotrain.config.load import load_recipe
+    from nanotrain.pipeline.plan import plan_recipe
+
+    print("\n".join(plan_recipe(load_recipe(options.recipe, options.overrides), options.ranks)))
+    return 0
 
 
 def _report(options: argparse.Namespace) -> int:

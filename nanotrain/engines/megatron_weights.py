@@ -11,7 +11,15 @@ from torch import Tensor
 
 from nanotrain.checkpoint.hf_folder import open_checkpoint
 from nanotrain.config.model import ModelConfig
-from nanotrain.engines.megatron_names import Source, ranges_of, shard_shape, stage_sources, to_hf, to_megatron
+from nanotrain.engines.megatron_names import (
+    Source,
+    in_file_order,
+    ranges_of,
+    shard_shape,
+    stage_sources,
+    to_hf,
+    to_megatron,
+)
 from nanotrain.model.initialization import initial_value
 from nanotrain.planning.parameters import tensor_shapes
 
@@ -71,7 +79,7 @@ def load(place: Place, folder: Path, assign: Assign) -> None:
         UserError: the folder holds another architecture, or is not whole.
     """
     with open_checkpoint(folder) as checkpoint:
-        for name, source in place.sources().items():
+        for name, source in in_file_order(place.sources(), checkpoint.stored_names):
             part = to_megatron(place.config, source, checkpoint.read, tp_rank=place.tp_rank, tp_size=place.tp_size)
             assign(name, part)
 
