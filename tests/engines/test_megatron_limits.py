@@ -16,9 +16,9 @@ from nanotrain.config.engine import (
 )
 from nanotrain.config.errors import UserError
 from nanotrain.config.megatron import MegatronConfig
-from nanotrain.config.training import OptimizerConfig, ParameterDtype, StateDtype
+from nanotrain.config.training import OptimizerConfig, ParameterDtype, StateDtype, TrainingConfig
 from nanotrain.engines import build_engine, megatron_limits
-from nanotrain.engines.megatron_limits import choose_dtype, require_device, require_supported
+from nanotrain.engines.megatron_limits import choose_dtype, require_addressable, require_device, require_supported
 from nanotrain.model.hybrid import build_meta_model
 from tests.engines.megatron_ranks import SMALL
 
@@ -64,6 +64,22 @@ def test_megatron_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(megatron_limits, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install megatron-core"):
         build_engine(ENGINE, build_meta_model(SMALL))
+
+
+def test_sequences_that_mamba_ssm_cannot_index_are_refused(published):
+    model, cuda = published("12b"), torch.device("cuda")
+
+    def check(length: int, **sizes: int) -> None:
+        training = TrainingConfig(
+            steps=1, global_batch_size=1, micro_batch_size=1, sequence_length=length, learning_rate=1.0
+        )
+        require_addressable(replace(ENGINE, megatron=MegatronConfig(**sizes)), model, training, cuda)
+
+    check(94_720)
+    with pytest.raises(UserError, match=r"2,969,567,232 values .* over 2 or more ranks"):
+        check(131_072)
+    check(131_072, tensor_parallel=2)
+    check(524_288, tensor_parallel=8, context_parallel=16)
 
 
 def test_devices_and_precisions(monkeypatch):
