@@ -1,15 +1,15 @@
-"""The command line: `nanotrain run | submit | report | chat | export`.
+"""The command line: `nanotrain run | submit | plan | report | chat | export`.
 
 Help comes in a blink: PyTorch and Hydra are imported by the command that needs them.
 Exit codes: 0 done, 1 our defect (with its traceback), 2 the user can mend it (one sentence), 75 preempted and saved.
 """
 
 import argparse
-import itertools
 import re
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,17 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     _add_run(commands)
-
-    submit = commands.add_parser(
-        "submit",
-        help="run a recipe on a SLURM cluster: a chain of one job an entry",
-        description="Submits a job for each unfinished entry; each starts when the one before it has succeeded.",
-        epilog="Nodes, GPUs and time come from `cluster=<choice>` and `<entry>.cluster.<key>=value` (configs/cluster/).",
-    )
-    submit.add_argument("recipe", metavar="RECIPE", help="as for run")
-    submit.add_argument("overrides", nargs="*", metavar="key=value", help="as for run")
-    submit.add_argument("--dry-run", action="store_true", help="print the job scripts and submit nothing")
-    submit.set_defaults(command=_submit)
+    _add_submit_and_plan(commands)
 
     report = commands.add_parser("report", help="write report.html and report.json of a run again")
     report.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="output folder of a run, such as runs/quickstart")
@@ -109,6 +99,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.set_defaults(command=_export)
     return parser
+
+
+def _add_submit_and_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    submit = commands.add_parser(
+        "submit",
+        help="run a recipe on a SLURM cluster: a chain of one job an entry",
+        description="Submits a job for each unfinished entry; each starts when the one before it has succeeded.",
+        epilog="Nodes, GPUs and time come from `cluster=<choice>` and `<entry>.cluster.<key>=value` (configs/cluster/).",
+    )
+    submit.add_argument("recipe", metavar="RECIPE", help="as for run")
+    submit.add_argument("overrides", nargs="*", metavar="key=value", help="as for run")
+    submit.add_argument("--dry-run", action="store_true", help="print the job scripts and submit nothing")
+    submit.set_defaults(command=_submit)
+
+    plan = commands.add_parser(
+        "plan",
+        help="print layout, operations and memory of a recipe's training",
+        description="Plans the training entries of a recipe on a number of GPUs; runs nothing, and needs none.",
+    )
+    plan.add_argument("recipe", metavar="RECIPE", help="as for run")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    plan.add_argument(
+        "--ranks", type=_positive, metavar="N", help="GPUs of the run (default: one, or one copy of the model)"
+    )
+    plan.set_defaults(command=_plan)
 
 
 def _add_run(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -153,21 +168,27 @@ def _non_negative(text: str) -> int:
     return int(text)
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
 def _flags_first(argv: list[str]) -> list[str]:
-    """Let the flags of `run` and `submit` stand anywhere between the overrides, which argparse alone does not.
+    """Let the flags of `run`, `submit` and `plan` stand anywhere between the overrides, which argparse alone does not.
 
     `--force` takes the word after it only if that can be an entry's name: not an override, a flag or a recipe; `--only`
     takes any, and `--resume-check` a number.
     """
-    if not argv or argv[0] not in ("run", "submit"):
+    if not argv or argv[0] not in ("run", "submit", "plan"):
         return argv
     flags, positionals = [], []
     words = iter(argv[1:])
     for word in words:
         if word == "--":
             positionals += list(words)
-        elif word == "--only":
-            flags += [word, *itertools.islice(words, 1)]
+        elif word in ("--only", "--ranks"):
+            flags += [word, *islice(words, 1)]
         elif word == "--force":
             flags.append(word)
         elif flags and flags[-1] == "--resume-check" and word.isdecimal():
@@ -272,6 +293,14 @@ def _build_report(output_dir: Path) -> None:
     from nanotrain.report.build import build_report
 
     build_report(output_dir)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from nanotrain.config.load import load_recipe
+    from nanotrain.pipeline.plan import plan_recipe
+
+    print("\n".join(plan_recipe(load_recipe(options.recipe, options.overrides), options.ranks)))
+    return 0
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from nanotrain.runtime.signals import Preempted
 from tests.pipeline.conftest import write_family
 from tests.pipeline.fake_stages import FakeStages, build_report
 
-COMMANDS = ([], ["run"], ["report"], ["chat"], ["export"])
+COMMANDS = ([], ["run"], ["plan"], ["report"], ["chat"], ["export"])
 
 
 @pytest.fixture
@@ -190,3 +190,13 @@ def test_force_reaches_the_pipeline(fakes, capsys):
     assert main(["run", "family/prepare.yaml", "seed=2", "--force"]) == 0
     assert main(["run", "--force", "prepare", "family/prepare.yaml", "seed=2"]) == 0
     assert fakes.calls == ["prepare"] * 3
+
+
+@pytest.mark.parametrize("words", [["--ranks", "2"], ["--ranks=2"]])
+def test_plan_prints_a_layout_and_runs_nothing(fakes, capsys, words):
+    recipe, overrides = "family/pretrain.yaml", ["engine.kind=megatron", "engine.megatron.pipeline_parallel=2"]
+    assert main(["plan", recipe, *words, *overrides]) == 0
+    assert "layout   2 ranks = tensor 1 x pipeline 2 x context 1 x data 1; 2 micro-batches" in capsys.readouterr().out
+    assert main(["plan", recipe, *overrides, "--ranks", "3"]) == EXIT_USER_ERROR
+    assert "must divide the number of ranks (3)" in sentence(capsys)
+    assert not Path("runs").exists()

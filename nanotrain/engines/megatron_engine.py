@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,18 @@ from nanotrain.config.errors import UserError
 from nanotrain.config.training import TrainingConfig
 from nanotrain.engines.base import Engine, StateWriter, StepResult
 from nanotrain.engines.megatron_batch import LocalBatch, SequenceSplit, localize, unpad
-from nanotrain.engines.megatron_limits import OWN_KERNELS, choose_dtype, require_device, require_supported
+from nanotrain.engines.megatron_limits import (
+    OWN_KERNELS,
+    choose_dtype,
+    own_stages,
+    require_addressable,
+    require_device,
+    require_supported,
+    smallest_batch,
+)
 from nanotrain.engines.megatron_model import build_root, restore, snapshot, transformer_config
-from nanotrain.engines.megatron_weights import Export, Place, fill, initialise, load
+from nanotrain.engines.megatron_totals import Ranks, Totals, detached, reduce_totals
+from nanotrain.engines.megatron_weights import Export, Parameters, Place, fill, initialise, load
 from nanotrain.engines.torch_device import choose_device, set_threads
 from nanotrain.losses.base import LossFn, LossOutput
 from nanotrain.model.batch import MicroBatch
@@ -36,6 +44,7 @@ from nanotrain.model.head import HeadWeight
 from nanotrain.model.hybrid import HybridModel
 from nanotrain.ops.backends import choose_kernels
 from nanotrain.ops.linear_cross_entropy import token_log_probabilities
+from nanotrain.planning.layout import check_layout
 from nanotrain.planning.parameters import tensor_shapes
 from nanotrain.planning.pipeline_stages import stage_layers
 from nanotrain.runtime.distributed import from_first, start_ranks, wait_for_all
@@ -51,11 +60,15 @@ class MegatronEngine(Engine):
     """One rank of a model spread by Megatron-Core. See `Engine` for the methods."""
 
     def __init__(self, config: EngineConfig, model: HybridModel, training: TrainingConfig | None = None) -> None:
+        config = own_stages(config, model.config, training)
         require_supported(config, model.config, None if training is None else training.optimizer)
-        start_ranks()
+        world = start_ranks()
+        check_layout(model.config, training or smallest_batch(config, world), config, world.size)
         set_threads(config.threads)
         self.device = choose_device(config.device)
         require_device(self.device, DEVICE_TYPES)
+        if training is not None:
+            require_addressable(config, model.config, training, self.device)
         self.model_config, self._layout = model.config, config.megatron
         dtype = choose_dtype(config.precision, self.device)
         self._start_parallel(config)
@@ -69,9 +82,8 @@ class MegatronEngine(Engine):
         if training is None:
             self._root.eval().requires_grad_(False)
         else:
-            training.validate_batch("stage.training", self.dp_size)
             self._build_optimizer(training, dtype)
-        self._parameters = dict(self._root.named_parameters())
+        self._values = Parameters(self._root, self._optimizer, self.device, self._dp_cp_group)
         self._place = Place(
             model.config,
             stage_layers(model.config.num_hidden_layers, config.megatron),
@@ -80,7 +92,7 @@ class MegatronEngine(Engine):
             config.megatron.tensor_parallel,
         )
         if not any(parameter.is_meta for parameter in model.parameters()):
-            fill(self._place, model.state_dict(), self._assign)
+            fill(self._place, model.state_dict(), self._values.assign)
         log_once(f"engine megatron: {self._describe()}, parameters in {str(dtype).removeprefix('torch.')}")
 
     def _start_parallel(self, config: EngineConfig) -> None:
@@ -163,7 +175,7 @@ class MegatronEngine(Engine):
         self._optimizer.zero_grad()
         counts = self._counts(microbatches, loss_fn)
         outputs = self._run(microbatches, counts, loss_fn, forward_only=False)
-        totals = self._totals(outputs, sum(counts))
+        totals = self._reduce(outputs, sum(counts))
         grad_norm, skipped = self._update(totals.loss)
         return StepResult(totals.loss, grad_norm, totals.num_tokens, skipped, totals.metrics)
 
@@ -202,7 +214,7 @@ class MegatronEngine(Engine):
             def unpack(tensor: Tensor) -> tuple[Tensor, Tensor, LossOutput | Tensor]:
                 # The schedule sums the counts and divides gradients by them, once, after the reduction over ranks.
                 tokens = torch.tensor(count, dtype=torch.int, device=self.device)
-                return tensor, tokens, _detached(output)
+                return tensor, tokens, detached(output)
 
             # Cloned, because the schedule may scale what it gets in place.
             return (output.loss_sum.clone() if isinstance(output, LossOutput) else output), unpack
@@ -220,28 +232,9 @@ class MegatronEngine(Engine):
             forward_only=forward_only,
         )
 
-    def _totals(self, outputs: Sequence[LossOutput | Tensor], count: int) -> "_Totals":
-        """Sum losses, metrics and counts over data- and context-parallel ranks; the same on every stage."""
-        sums = [torch.zeros((), dtype=torch.float64, device=self.device)]
-        names: list[str] = []
-        for output in outputs:
-            assert isinstance(output, LossOutput)
-            if not names:
-                names = list(output.metrics)
-                sums += [torch.zeros_like(sums[0]) for _ in range(2 * len(names))]
-            values = [output.loss_sum, *(value for name in names for value in output.metrics[name])]
-            sums = [total + value for total, value in zip(sums, values, strict=True)]
-        counted = torch.tensor(count, dtype=torch.float64, device=self.device)
-        vector = torch.stack([counted, *sums])
-        dist.all_reduce(vector, group=self._dp_cp_group)
-        if self._pp_group.size() > 1:
-            last = parallel_state.get_pipeline_model_parallel_last_rank()
-            box = [names]
-            dist.broadcast_object_list(box, src=last, group=self._pp_group)
-            names = box[0]
-            vector = vector if self._is_last_stage else vector.new_empty(2 + 2 * len(names))
-            dist.broadcast(vector, src=last, group=self._pp_group)
-        return _Totals(vector.tolist(), names)
+    def _reduce(self, outputs: Sequence[LossOutput | Tensor], count: int) -> Totals:
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        return reduce_totals(outputs, count, self.device, Ranks(self._dp_cp_group, self._pp_group, last))
 
     @torch.no_grad()
     def evaluate(self, microbatches: Iterable[MicroBatch], loss_fn: LossFn) -> dict[str, float]:
@@ -255,7 +248,7 @@ class MegatronEngine(Engine):
                     counts = self._counts(group, loss_fn)
                     count += sum(counts)
                     outputs += self._run(group, counts, loss_fn, forward_only=True)
-        totals = self._totals(outputs, count)
+        totals = self._reduce(outputs, count)
         return {**totals.metrics, "loss": totals.loss, "num_tokens": totals.num_tokens}
 
     @torch.no_grad()
@@ -302,12 +295,10 @@ class MegatronEngine(Engine):
         return scores
 
     def init_weights(self, seed: int) -> None:
-        initialise(self._place, seed, self._assign)
-        self._weights_changed()
+        initialise(self._place, seed, self._values.assign)
 
     def load_hf(self, folder: Path) -> None:
-        load(self._place, folder, self._assign)
-        self._weights_changed()
+        load(self._place, folder, self._values.assign)
 
     def save_hf(
         self,
@@ -344,47 +335,7 @@ class MegatronEngine(Engine):
         return from_first(found)
 
     def _export(self) -> Export:
-        return Export(self._place, self._whole, has_first_copy=dist.get_rank(self._dp_cp_group) == 0)
-
-    @torch.no_grad()
-    def _assign(self, name: str, value: Tensor) -> None:
-        """Set a parameter and, where it is narrower than fp32, this rank's part of its fp32 master."""
-        parameter = self._parameters[name]
-        parameter.copy_(value)
-        master = self._master(parameter)
-        if master is not None:
-            master.values.copy_(value.flatten()[master.start : master.start + master.values.numel()])
-
-    @torch.no_grad()
-    def _whole(self, name: str) -> Tensor:
-        """Return a parameter in fp32 on the CPU: the master where there is one."""
-        parameter = self._parameters[name]
-        if self._optimizer is None or not hasattr(parameter, "main_param"):
-            return parameter.detach().to("cpu", torch.float32).contiguous()
-        whole = torch.zeros(parameter.shape, device=self.device)
-        master = self._master(parameter)
-        if master is not None:
-            whole.view(-1)[master.start : master.start + master.values.numel()] = master.values
-        if master is None or master.sharded:
-            dist.all_reduce(whole, group=self._dp_cp_group)
-        return whole.cpu()
-
-    def _master(self, parameter: Tensor) -> "_Master | None":
-        """Return this rank's part of a parameter's fp32 master; None where there is none on this rank."""
-        values = getattr(parameter, "main_param", None)
-        if self._optimizer is None or values is None:
-            return None
-        if not getattr(parameter, "main_param_sharded", False):
-            return _Master(values.view(-1), 0, False)
-        for optimizer in self._optimizer.chained_optimizers:
-            if parameter in optimizer.model_param_gbuf_map:
-                return _Master(values, optimizer._get_model_param_range_map(parameter)["param"].start, True)
-        raise AssertionError("a master without a place in the distributed optimizer")
-
-    def _weights_changed(self) -> None:
-        """Let every rank start from the same weights, and FP8 weights from the masters."""
-        if self._config.fp8_param and self._optimizer is not None:
-            self._optimizer.reload_model_params()
+        return Export(self._place, self._values.whole, has_first_copy=dist.get_rank(self._dp_cp_group) == 0)
 
     def snapshot_state(self) -> StateWriter:
         assert self._optimizer is not None, "only a training engine has a state to resume from"
@@ -410,29 +361,3 @@ class MegatronEngine(Engine):
             yield
         finally:
             self._model.train(training)
-
-
-def _detached(output: LossOutput | Tensor) -> LossOutput | Tensor:
-    if isinstance(output, LossOutput):
-        metrics = {name: (total.detach(), count.detach()) for name, (total, count) in output.metrics.items()}
-        return LossOutput(output.loss_sum.detach(), metrics)
-    return output.detach()
-
-
-@dataclass(frozen=True)
-class _Master:
-    """A flat part of a parameter's fp32 master, from the element `start` on."""
-
-    values: Tensor
-    start: int
-    sharded: bool
-
-
-class _Totals:
-    """Sums over all micro-batches and ranks: [count, loss, (sum, count) of each metric]."""
-
-    def __init__(self, values: list[float], names: list[str]) -> None:
-        self.num_tokens = int(values[0])
-        self.loss = values[1] / max(self.num_tokens, 1)
-        pairs = zip(values[2::2], values[3::2], strict=True)
-        self.metrics = {name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count}

@@ -152,9 +152,7 @@ class TorchMambaMixer(MambaMixer):
         convolved = self.d_inner_local_tp + 2 * groups
         self.conv1d_weight = _split_parameter((convolved, 1, d_conv), config.params_dtype)
         self.conv1d_bias = _split_parameter(convolved, config.params_dtype)
-        self.A_log = _split_parameter(self.nheads_local_tp, torch.float32)
-        self.D = _split_parameter(self.nheads_local_tp, torch.float32)
-        self.dt_bias = _split_parameter(self.nheads_local_tp, torch.float32)
+        self.A_log, self.D, self.dt_bias = (_split_parameter(self.nheads_local_tp, torch.float32) for _ in range(3))
         self.norm = GatedNorm(self.d_inner_local_tp, self.ngroups_local_tp, config, self.tp_group)
         self.out_proj = OutputLinear(
             tp * self.d_inner_local_tp,

@@ -1,14 +1,18 @@
 """What the Megatron engine refuses, one sentence each: nothing that is asked for is ignored."""
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
 
 from nanotrain.config.engine import FP8_PRECISIONS, EngineConfig, Precision
 from nanotrain.config.errors import UserError
-from nanotrain.config.model import ModelConfig
-from nanotrain.config.training import OptimizerConfig, ParameterDtype, StateDtype
+from nanotrain.config.model import MAMBA, ModelConfig
+from nanotrain.config.training import OptimizerConfig, ParameterDtype, StateDtype, TrainingConfig
 from nanotrain.ops.backends import AUTO, MAMBA_INSTALL, TE_INSTALL
+from nanotrain.planning.layout import data_parallel_size
+from nanotrain.runtime.distributed import World
+from nanotrain.runtime.logging import log_once
 
 INSTALL = "pip install megatron-core==0.19.2"
 OWN_KERNELS = ("cross_entropy", "kl_divergence")
@@ -87,6 +91,22 @@ def _require_optimizer(optimizer: OptimizerConfig) -> None:
         )
 
 
+def require_addressable(
+    engine: EngineConfig, model: ModelConfig, training: TrainingConfig, device: torch.device
+) -> None:
+    """Raise UserError where mamba-ssm's kernels would count past the largest 32-bit index (an illegal memory access)."""
+    ranks = engine.megatron.tensor_parallel * engine.megatron.context_parallel
+    tokens = training.micro_batch_size * training.sequence_length
+    values = tokens * -(-model.in_proj_size // ranks)
+    if device.type == "cuda" and MAMBA in model.hybrid_layer_pattern and values >= 2**31:
+        raise UserError(
+            f"`stage.training.micro_batch_size` ({training.micro_batch_size}) x `sequence_length`"
+            f" ({training.sequence_length}) gives a rank {values:,} values of Mamba-2's projections, more than mamba-ssm"
+            f" addresses ({2**31 - 1:,}); spread them over {-(-tokens * model.in_proj_size // 2**31)} or more ranks by"
+            " `engine.megatron.tensor_parallel` x `context_parallel`, or shorten the sequences."
+        )
+
+
 def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """Return the dtype of parameters and activations; `auto` = bf16 on a GPU.
 
@@ -105,3 +125,25 @@ def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
             " bf16; use bf16 or fp8_blockwise."
         )
     return torch.bfloat16
+
+
+def own_stages(config: EngineConfig, model: ModelConfig, training: TrainingConfig | None) -> EngineConfig:
+    """Split a teacher evenly where `pipeline_layers` is written for the other number of layers of its student."""
+    megatron, num_layers = config.megatron, model.num_hidden_layers
+    if training is not None or not megatron.pipeline_layers or sum(megatron.pipeline_layers) == num_layers:
+        return config
+    log_once(
+        f"engine megatron: `pipeline_layers` ({megatron.pipeline_layers}) are the trained model's; the {num_layers} layers"
+        " of the teacher are split evenly"
+    )
+    return replace(config, megatron=replace(megatron, pipeline_layers=[]))
+
+
+def smallest_batch(config: EngineConfig, world: World) -> TrainingConfig:
+    """Return a batch that every layout splits, for the check of a model that does not train."""
+    megatron = config.megatron
+    data = max(data_parallel_size(megatron, world.size), 1)
+    length = 32 * megatron.context_parallel * megatron.tensor_parallel  # FP8 wants multiples of 16
+    return TrainingConfig(
+        steps=1, global_batch_size=data, micro_batch_size=1, sequence_length=length, learning_rate=1.0
+    )

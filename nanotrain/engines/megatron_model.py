@@ -1,7 +1,9 @@
 """Megatron-Core's hybrid model of our configuration, with the loss inside its forward (docs/decisions/0001)."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.ssm.mamba_mixer import MAMBA_HAS_STATE_DTYPE
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -79,6 +83,9 @@ def transformer_config(
         sequence_parallel=megatron.sequence_parallel,
         pipeline_model_parallel_size=megatron.pipeline_parallel,
         context_parallel_size=megatron.context_parallel,
+        # Ranks that share a GPU talk over gloo, which sends no CUDA tensor from one rank to another.
+        cp_comm_type="a2a" if on_gpu and dist.get_backend() == "gloo" else "p2p",
+        mamba_training_ssm_states_dtype=torch.float32 if MAMBA_HAS_STATE_DTYPE else None,
         **_recompute(megatron.recompute),
         **_fp8(engine, training),
     )
@@ -235,7 +242,18 @@ def restore(root: MegatronRoot, optimizer: MegatronOptimizer, dp_cp_group: dist.
     with torch.no_grad():
         state = dist_checkpointing.load(_sharded_state(root, optimizer, dp_cp_group, is_loading=True), str(folder))
         root.load_state_dict(state["model"])
+        for one in _with_torch_adamw(optimizer):
+            set_states = one._set_main_param_and_optimizer_states
+            # torch's count of steps is a tensor, which Megatron restores elsewhere but then looks for here
+            one._set_main_param_and_optimizer_states = partial(_without_step, set_states)
         optimizer.load_state_dict(state["optimizer"])
+    for one in _with_torch_adamw(optimizer):
+        for values in one.optimizer.state.values():
+            values["step"] = values["step"].clone()  # Megatron gives all of them one tensor, which each would count up
+
+
+def _without_step(set_states: Callable[..., None], parameter: Tensor, tensors: dict[str, Tensor]) -> None:
+    set_states(parameter, {**tensors, "step": None})
 
 
 def _sharded_state(
@@ -247,5 +265,18 @@ def _sharded_state(
         "singleton_local_shards": False,
         "dp_cp_group": dp_cp_group,
     }
+    for one in _with_torch_adamw(optimizer):
+        for parameter in (p for group in one.optimizer.param_groups for p in group["params"]):
+            if not one.optimizer.state[parameter]:  # torch makes them in its first step, Megatron describes them before
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                one.optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
     model = root.sharded_state_dict(metadata=metadata)
     return {"model": model, "optimizer": optimizer.sharded_state_dict(model, is_loading, metadata=metadata)}
+
+
+def _with_torch_adamw(optimizer: MegatronOptimizer) -> list[Any]:
+    """Return Megatron's distributed optimizers around torch's AdamW; none where Transformer Engine's fused one is."""
+    chained: list[Any] = optimizer.chained_optimizers
+    return [
+        one for one in chained if isinstance(one, DistributedOptimizer) and isinstance(one.optimizer, torch.optim.AdamW)
+    ]

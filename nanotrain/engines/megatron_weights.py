@@ -4,14 +4,23 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanotrain.checkpoint.hf_folder import open_checkpoint
 from nanotrain.config.model import ModelConfig
-from nanotrain.engines.megatron_names import Source, ranges_of, shard_shape, stage_sources, to_hf, to_megatron
+from nanotrain.engines.megatron_names import (
+    Source,
+    in_file_order,
+    ranges_of,
+    shard_shape,
+    stage_sources,
+    to_hf,
+    to_megatron,
+)
 from nanotrain.model.initialization import initial_value
 from nanotrain.planning.parameters import tensor_shapes
 
@@ -71,7 +80,7 @@ def load(place: Place, folder: Path, assign: Assign) -> None:
         UserError: the folder holds another architecture, or is not whole.
     """
     with open_checkpoint(folder) as checkpoint:
-        for name, source in place.sources().items():
+        for name, source in in_file_order(place.sources(), checkpoint.stored_names):
             part = to_megatron(place.config, source, checkpoint.read, tp_rank=place.tp_rank, tp_size=place.tp_size)
             assign(name, part)
 
@@ -121,3 +130,64 @@ class Export:
         shard = torch.empty(shard_shape(self._place.config, source, self._place.tp_size))
         dist.recv(shard, sender)
         return shard
+
+
+@dataclass(frozen=True)
+class _Master:
+    """A flat part of a parameter's fp32 master, from the element `start` on."""
+
+    values: Tensor
+    start: int
+    sharded: bool
+
+
+class Parameters:
+    """This rank's parameters with the fp32 masters that the optimizer keeps of those that are narrower."""
+
+    def __init__(
+        self, root: nn.Module, optimizer: Any | None, device: torch.device, sharing: dist.ProcessGroup
+    ) -> None:
+        """
+        Args:
+            root: this rank's part of the model.
+            optimizer: Megatron's; None where nothing trains.
+            device: of the parameters.
+            sharing: ranks with the same part of the model, between which the masters may be divided.
+        """
+        self._parameters = dict(root.named_parameters())
+        self._optimizer, self._device, self._sharing = optimizer, device, sharing
+
+    @torch.no_grad()
+    def assign(self, name: str, value: Tensor) -> None:
+        """Set a parameter and, where it is narrower than fp32, this rank's part of its fp32 master."""
+        parameter, value = self._parameters[name], value.to(self._device)
+        parameter.copy_(value)
+        master = self._master(parameter)
+        if master is not None:
+            master.values.copy_(value.flatten()[master.start : master.start + master.values.numel()])
+
+    @torch.no_grad()
+    def whole(self, name: str) -> Tensor:
+        """Return a parameter in fp32 on the CPU: the master where there is one."""
+        parameter = self._parameters[name]
+        if self._optimizer is None or not hasattr(parameter, "main_param"):
+            return parameter.detach().to("cpu", torch.float32).contiguous()
+        whole = torch.zeros(parameter.shape, device=self._device)
+        master = self._master(parameter)
+        if master is not None:
+            whole.view(-1)[master.start : master.start + master.values.numel()] = master.values
+        if master is None or master.sharded:
+            dist.all_reduce(whole, group=self._sharing)
+        return whole.cpu()
+
+    def _master(self, parameter: Tensor) -> "_Master | None":
+        """Return this rank's part of a parameter's fp32 master; None where there is none on this rank."""
+        values = getattr(parameter, "main_param", None)
+        if self._optimizer is None or values is None:
+            return None
+        if not getattr(parameter, "main_param_sharded", False):
+            return _Master(values.view(-1), 0, False)
+        for optimizer in self._optimizer.chained_optimizers:
+            if parameter in optimizer.model_param_gbuf_map:
+                return _Master(values, optimizer._get_model_param_range_map(parameter)["param"].start, True)
+        raise AssertionError("a master without a place in the distributed optimizer")

@@ -29,8 +29,12 @@ class InputRef:
     """A product folder from outside the run."""
 
 
-def resolve_inputs(recipe: LoadedRecipe) -> dict[str, list[InputRef]]:
+def resolve_inputs(recipe: LoadedRecipe, *, with_data: bool = True) -> dict[str, list[InputRef]]:
     """Return the inputs of every entry.
+
+    Args:
+        recipe: the run.
+        with_data: data too, which a plan does not need.
 
     Raises:
         UserError: a name is unknown, comes later, or leaves another kind of product.
@@ -45,6 +49,8 @@ def resolve_inputs(recipe: LoadedRecipe) -> dict[str, list[InputRef]]:
         refs = []
         for key, default in keys.items():
             value = stage.__dict__[key]
+            if key == "data_from" and not with_data:
+                continue
             if value or default != "":  # an optional input that is not asked for is none
                 refs.append(_resolve(recipe, entry, key, earlier, later))
         resolved[entry.name] = refs

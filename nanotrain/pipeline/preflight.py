@@ -1,4 +1,4 @@
-"""What can be known to fail before the first stage starts: vocabularies that do not fit, a disk that is too small."""
+"""What can be known to fail before the first stage starts: vocabularies, layouts over ranks, a disk that is too small."""
 
 import json
 import shutil
@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from nanotrain.config.data import names_a_folder
+from nanotrain.config.engine import EngineKind
 from nanotrain.config.errors import UserError
 from nanotrain.config.load import LoadedEntry, LoadedRecipe
 from nanotrain.config.load_messages import shown_path
@@ -20,9 +21,12 @@ from nanotrain.config.stage import (
     SftConfig,
 )
 from nanotrain.data.manifest import check_sources, is_data_folder
+from nanotrain.pipeline.architectures import Architectures
 from nanotrain.pipeline.inputs import InputRef
 from nanotrain.pipeline.products import RECIPE_FILE, load_record
+from nanotrain.planning.layout import check_layout
 from nanotrain.planning.parameters import count_parameters
+from nanotrain.runtime.distributed import current_world
 
 _FP32_BYTES = 4
 _STATE_TENSORS = 3
@@ -42,6 +46,7 @@ class Preflight:
         for entry in self._recipe.entries:
             self._check_vocabularies(entry)
             self._check_sources(entry)
+            self._check_layout(entry)
         self._check_disk()
 
     def _input(self, entry: LoadedEntry, key: str) -> InputRef | None:
@@ -82,6 +87,17 @@ class Preflight:
             ref = self._input(entry, "data_from")
             if ref is not None and ref.folder is not None and is_data_folder(ref.folder):
                 check_sources(stage.curriculum, ref.folder, f"{entry.key_prefix}stage.curriculum")
+
+    def _check_layout(self, entry: LoadedEntry) -> None:
+        """Refuse ranks that Megatron-Core cannot spread the model, or the teacher, over."""
+        stage, engine = entry.config.stage, entry.config.engine
+        if engine.kind is not EngineKind.megatron or not isinstance(stage, TRAINING_STAGES):
+            return
+        known = Architectures(self._recipe, self._inputs)
+        for model in (known.trained(entry), known.teacher(entry)):
+            if model is not None:
+                path = f"{entry.key_prefix}stage.training"
+                check_layout(model, stage.training, engine, current_world().size, training_path=path)
 
     def _own_vocabulary(self, entry: LoadedEntry) -> int | None:
         stage = entry.config.stage

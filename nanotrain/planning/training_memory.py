@@ -15,7 +15,7 @@ from nanotrain.planning.parameters import count_parameters, mixer_shapes
 
 STATE_BYTES = {StateDtype.fp32: 8.0, StateDtype.bf16: 4.0, StateDtype.int8: 2.0 + 8.0 / 256}
 """Both moments of a parameter; int8 has a scale of four bytes for 256 values."""
-_LOGITS_PER_CHUNK = 13 * 2**25
+LOGITS_PER_CHUNK = 13 * 2**25
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def training_memory(model: ModelConfig, training: TrainingConfig, engine: Engine
     largest = max(head, *(max(_matrices(model, kind), default=0) for kind in model.hybrid_layer_pattern))
     kept, transient = _activation_bytes(model, engine, weight_bytes)
     narrow_head = 0 if engine.precision is Precision.fp32 or weight_bytes == 2 else 2 * head
-    logits = min(tokens * model.vocab_size, _LOGITS_PER_CHUNK) * (4 if engine.precision is Precision.fp32 else 2)
+    logits = min(tokens * model.vocab_size, LOGITS_PER_CHUNK) * (4 if engine.precision is Precision.fp32 else 2)
     return TrainingMemory(
         weights=parameters * weight_bytes,
         weight_copies=_copy_bytes(model, engine, weight_bytes),

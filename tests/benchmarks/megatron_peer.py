@@ -1,19 +1,26 @@
-"""The peer of bench_one_gpu.py: Megatron-Core's hybrid model with Transformer Engine layers and mamba-ssm, one process."""
+"""The peer of bench_one_gpu.py and bench_megatron.py: Megatron-Core's hybrid model with Transformer Engine layers and mamba-ssm.
+
+One process. `step_of` is forward and backward, `training_loop_of` a whole step with Megatron's schedule and optimizer.
+"""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.activations import squared_relu
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from nanotrain.config.model import ModelConfig
+from nanotrain.model.batch import MicroBatch
 
 ENVIRONMENT = {
     "MASTER_ADDR": "127.0.0.1",
@@ -40,9 +47,13 @@ def start() -> None:
     model_parallel_cuda_manual_seed(1)
 
 
-def build(config: ModelConfig, precision: str, bf16_layers: int, length: int) -> HybridModel:
+def build(
+    config: ModelConfig, precision: str, bf16_layers: int, length: int, *, fp8_parameters: bool = False
+) -> HybridModel:
     """Return the model in bf16 on the GPU, with `bf16_layers` at each end kept out of FP8."""
     extra = dict(FP8[precision])
+    if fp8_parameters:
+        extra["fp8_param"] = True
     if extra and bf16_layers:
         extra |= {
             "first_last_layers_bf16": True,
@@ -100,6 +111,52 @@ def step_of(model: HybridModel, ids: Tensor, labels: Tensor) -> Callable[[Callab
         loss = model(input_ids=ids, position_ids=positions, attention_mask=None, labels=labels).mean()
         between()
         loss.backward()
+
+    return step
+
+
+def training_loop_of(model: HybridModel, batches: Sequence[MicroBatch], learning_rate: float) -> Callable[[], None]:
+    """Return one optimizer step on micro-batches as a bare Megatron-Core program does it; loss and norm come to the host."""
+    model.config.calculate_per_token_loss = True
+    model.config.finalize_model_grads_func = finalize_model_grads
+    ddp = DistributedDataParallel(
+        model.config,
+        DistributedDataParallelConfig(
+            use_distributed_optimizer=True, grad_reduce_in_fp32=True, fp8_param_gather=bool(model.config.fp8_param)
+        ),
+        model,
+    )
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam", lr=learning_rate, weight_decay=0.1, adam_beta2=0.95, clip_grad=1.0, bf16=True,
+            params_dtype=torch.bfloat16, use_distributed_optimizer=True,
+            fp8_recipe=model.config.fp8_recipe if model.config.fp8 else None,
+        ),
+        [ddp],
+    )  # fmt: skip
+    length = batches[0].input_ids.shape[1]
+    positions = torch.arange(length, device="cuda")[None]
+
+    def forward(data: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Tensor, Callable[[Tensor], tuple]]:
+        batch = next(data)
+        ids, labels = batch.input_ids.cuda(non_blocking=True), batch.labels.cuda(non_blocking=True)
+        losses = chunk(input_ids=ids, position_ids=positions, attention_mask=None, labels=labels)
+
+        def reduce(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            total = values.float().sum()
+            return total, torch.tensor(labels.numel(), dtype=torch.int, device="cuda"), total.detach()
+
+        return losses, reduce
+
+    def step() -> None:
+        ddp.zero_grad_buffer()
+        optimizer.zero_grad()
+        losses = get_forward_backward_func()(
+            forward_step_func=forward, data_iterator=iter(batches), model=[ddp], num_microbatches=len(batches),
+            seq_length=length, micro_batch_size=1, forward_only=False,
+        )  # fmt: skip
+        _, norm, _ = optimizer.step()
+        float(sum(losses)), float(norm)
 
     return step
 

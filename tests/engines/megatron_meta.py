@@ -1,11 +1,14 @@
-"""Builds megatron-core's own HybridModel on the meta device, one rank of a cluster at a time, under a fake process group.
+"""Builds megatron-core's HybridModel on the meta device, one rank of a cluster at a time, under a fake process group.
+
+By the engine's own builder with its plain torch layers, or of megatron-core's stock layers.
 
 Run as a script in a process of its own, because it changes what torch.cuda answers: reads a list of layouts from stdin
 (JSON) and prints, for each rank, what its parameters are. Layers are megatron-core's, the Mamba mixer included; what is
-not installed on a CPU machine is replaced by the least that has the same parameters: mamba-ssm's gated norm, Transformer
+not installed on a CPU machine is replaced there by the least that has the same parameters: mamba-ssm's gated norm, Transformer
 Engine's norms and its linear layer with a norm inside.
 """
 
+import dataclasses
 import json
 import sys
 import types
@@ -75,6 +78,11 @@ from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 from megatron.core.transformer.identity_op import IdentityOp  # noqa: E402
 from megatron.core.transformer.mlp import MLP, MLPSubmodules  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
+
+from nanotrain.config.engine import EngineConfig, EngineKind, Precision  # noqa: E402
+from nanotrain.config.megatron import MegatronConfig, Recompute  # noqa: E402
+from nanotrain.config.model import ModelConfig  # noqa: E402
+from nanotrain.engines.megatron_model import build_root, transformer_config  # noqa: E402
 
 
 class NoRandomStates:
@@ -191,6 +199,18 @@ def build(sizes: dict[str, Any], layout: dict[str, Any]) -> HybridModel:
     )
 
 
+def build_by_engine(sizes: dict[str, Any], layout: dict[str, Any]) -> HybridModel:
+    known = {field.name for field in dataclasses.fields(MegatronConfig)}
+    engine = EngineConfig(
+        kind=EngineKind.megatron,
+        precision=Precision.bf16,
+        megatron=MegatronConfig(**{name: layout[name] for name in known - {"recompute"}}, recompute=Recompute.none),
+    )
+    model = ModelConfig(**sizes)
+    config = transformer_config(model, engine, torch.bfloat16, training=True, on_gpu=False)
+    return build_root(model, engine, config, on_gpu=False)
+
+
 def describe(sizes: dict[str, Any], layout: dict[str, Any], rank: int) -> dict[str, Any]:
     """Build what one rank holds and return its place in the layout and its parameters."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout["world_size"])
@@ -200,7 +220,7 @@ def describe(sizes: dict[str, Any], layout: dict[str, Any], rank: int) -> dict[s
         context_parallel_size=layout["context_parallel"],
         create_gloo_process_groups=False,
     )
-    model = build(sizes, layout)
+    model = (build_by_engine if layout["by_engine"] else build)(sizes, layout)
     described = {
         "tp_rank": ps.get_tensor_model_parallel_rank(),
         "pp_rank": ps.get_pipeline_model_parallel_rank(),

@@ -1,13 +1,14 @@
 """The Megatron engine on CPU ranks against the torch engine in one process: one seed, one sequence of batches, fp32."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-
 from nanotrain.checkpoint.hf_folder import load_state_dict
+from nanotrain.config.megatron import Recompute
 from nanotrain.losses.language_modeling import CrossEntropy
 from tests.engines.megatron_ranks import (
     SEED,
@@ -25,10 +26,13 @@ from tests.engines.megatron_ranks import (
 )
 from tests.ranks import run_ranks
 
-NUM_STEPS = 20
+pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+
+NUM_STEPS, FEW_STEPS = 20, 4
+ONE_RANK = {"one": Layout(), "selective": Layout(options={"recompute": Recompute.selective})}
 TWO_RANKS = {
     "tp2": Layout(tp=2),
-    "tp2_sp": Layout(tp=2, sp=True, options={"recompute": "full"}),
+    "tp2_sp": Layout(tp=2, sp=True, options={"recompute": Recompute.full}),
     "pp2": Layout(pp=2),
     "cp2": Layout(cp=2),
     "dp2": Layout(),
@@ -47,17 +51,19 @@ WEIGHTS = 2e-4
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory) -> dict[bool, tuple[Curve, Path]]:
-    """The torch engine's curve and checkpoint, by whether rows are packed."""
-    found = {}
-    for packed in (False, True):
+def reference(tmp_path_factory) -> Callable[[int, bool], tuple[Curve, Path]]:
+    """Return the torch engine's curve and checkpoint after so many steps, by whether rows are packed."""
+
+    @cache
+    def run(num_steps: int, packed: bool) -> tuple[Curve, Path]:
         engine = build(None)
         engine.init_weights(SEED)
-        curve = train(engine, range(NUM_STEPS), packed=packed)
+        curve = train(engine, range(num_steps), packed=packed)
         folder = tmp_path_factory.mktemp("torch") / "hf"
         engine.save_hf(folder)
-        found[packed] = (curve, folder)
-    return found
+        return curve, folder
+
+    return run
 
 
 def assert_same_curve(got: Curve, expected: Curve) -> None:
@@ -68,32 +74,27 @@ def assert_same_curve(got: Curve, expected: Curve) -> None:
     torch.testing.assert_close(got.logprobs, expected.logprobs, rtol=1e-4, atol=1e-4)
 
 
-def check_layouts(layouts: dict[str, Layout], num_ranks: int, reference, folder: Path) -> None:
-    ranks = run_ranks(compare_layouts, num_ranks, layouts, str(folder), NUM_STEPS)
+def check_layouts(layouts: dict[str, Layout], num_ranks: int, num_steps: int, reference, folder: Path) -> None:
+    ranks = run_ranks(compare_layouts, num_ranks, layouts, str(folder), num_steps)
     for name, layout in layouts.items():
-        expected, checkpoint = reference[layout.packed]
+        expected, checkpoint = reference(num_steps, layout.packed)
         for curves in ranks:
             assert_same_curve(curves[name], expected)
         weights = load_state_dict(checkpoint)
-        for tensor, value in load_state_dict(folder / name).items():
-            torch.testing.assert_close(
-                value, weights[tensor], rtol=0, atol=WEIGHTS, msg=lambda m, n=name, t=tensor: f"{n} {t}: {m}"
-            )
+        saved = load_state_dict(folder / name)
+        assert saved.keys() == weights.keys()
+        worst = max((float((saved[key] - weights[key]).abs().max()), key) for key in weights)
+        assert worst[0] <= WEIGHTS, (name, worst)
 
 
 def test_two_ranks_train_like_one_process(reference, tmp_path):
-    check_layouts(TWO_RANKS, 2, reference, tmp_path)
+    check_layouts(TWO_RANKS, 2, FEW_STEPS, reference, tmp_path)
 
 
 @pytest.mark.slow
-def test_four_ranks_train_like_one_process(reference, tmp_path):
-    check_layouts(FOUR_RANKS, 4, reference, tmp_path)
-
-
-@pytest.mark.slow
-def test_one_rank_trains_like_the_torch_engine(reference, tmp_path):
-    layouts = {"one": Layout(), "selective": Layout(options={"recompute": "selective"})}
-    check_layouts(layouts, 1, reference, tmp_path)
+@pytest.mark.parametrize(("layouts", "num_ranks"), [(ONE_RANK, 1), (TWO_RANKS, 2), (FOUR_RANKS, 4)])
+def test_twenty_steps_under_every_layout(reference, tmp_path, layouts, num_ranks):
+    check_layouts(layouts, num_ranks, NUM_STEPS, reference, tmp_path)
 
 
 @pytest.mark.slow
@@ -108,13 +109,12 @@ def test_a_checkpoint_goes_on_in_the_torch_engine(tmp_path):
 
 
 @pytest.mark.slow
-def test_distillation_with_both_models_spread(tmp_path):
+def test_distillation_with_both_models_spread():
     student, teacher = build(None), build(None, model=TEACHER, training=False)
     student.init_weights(SEED)
     teacher.init_weights(TEACHER_SEED)
     expected = distill(student, teacher, 5, packed=True)
-    layouts = {"tp2": Layout(tp=2), "tp2_sp": Layout(tp=2, sp=True), "pp2": Layout(pp=2), "cp2": Layout(cp=2)}
-    del layouts["cp2"]
+    layouts = {"tp2": Layout(tp=2), "tp2_sp": Layout(tp=2, sp=True), "pp2": Layout(pp=2)}
     for found in run_ranks(compare_distillation, 2, layouts, 5):
         for name, steps in found.items():
             for got, wanted in zip(steps, expected, strict=True):

@@ -69,7 +69,7 @@ def test_round_trip_is_exact_in_every_layout(tp_size: int, stages: list[int]) ->
 
 
 @pytest.mark.parametrize("size", ["12b", "9b"])
-@pytest.mark.parametrize("tp_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("tp_size", [1, 8])
 def test_published_shapes_and_counts(published: Callable[[str], ModelConfig], size: str, tp_size: int) -> None:
     config = published(size)
     tensors = {name: torch.empty(shape, device="meta") for name, shape in tensor_shapes(config).items()}

@@ -59,3 +59,18 @@ def test_a_disk_that_is_too_small_is_refused_by_what_is_still_to_be_made(load, m
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed - 1))
     with pytest.raises(UserError, match=r"`output_dir` \(runs/toy\) lies on a disk with"):
         check(recipe)
+
+
+def test_layouts_are_refused_before_anything_starts(load, monkeypatch):
+    """The pretrained model is known from the recipe, the student of a finished run from its checkpoint."""
+    wide = ("engine.kind=megatron", "engine.megatron.tensor_parallel=2")
+    with pytest.raises(UserError, match=r"`engine\.megatron\.tensor_parallel` \(2\) must divide .*`n_groups` \(1\)"):
+        check(load("pipeline", *wide))
+    two = ("engine.kind=megatron", "engine.megatron.pipeline_parallel=2")
+    with pytest.raises(UserError, match=r"= 2 must divide the number of ranks \(1\); what works: 1 rank with"):
+        check(load("pipeline", *two))
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    check(load("pipeline", *two))
+    with pytest.raises(UserError, match=r"`distill\.stage\.training\.global_batch_size` \(3\) must be divisible by"):
+        check(load("pipeline", "engine.kind=megatron", "distill.stage.training.global_batch_size=3"))
