@@ -3,6 +3,7 @@
 from nanotrain.config.engine import EngineKind
 from nanotrain.config.errors import UserError
 from nanotrain.config.load import LoadedRecipe
+from nanotrain.config.stage import TRAINING_STAGES
 from nanotrain.pipeline.architectures import Architectures
 from nanotrain.pipeline.inputs import resolve_inputs
 from nanotrain.planning.overview import overview
