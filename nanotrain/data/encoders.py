@@ -9,16 +9,15 @@ import functools
 import itertools
 import json
 import logging
-import re
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import psutil
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Regex, pre_tokenizers
 
 from nanotrain.config.errors import UserError
-from nanotrain.data.tokenizer import CorpusEncoder, load_tokenizer_json
+from nanotrain.data.tokenizer import CorpusEncoder, load_tokenizer_json, plain_tokenizer
 
 try:
     import gigatoken
@@ -30,8 +29,6 @@ ENCODERS = ("gigatoken", "tiktoken", "tokenizers")
 """Fastest first."""
 _CACHE_GROWTH_BYTES = 1 << 30
 """gigatoken remembers every word it saw and never forgets; a process that grew by this much starts it afresh."""
-_LONG_SPACE = re.compile(r"\s{4096}")
-"""tiktoken's pattern engine overflows its stack on long runs of white space."""
 _LAST_CHECKED = 0x34000
 """Beyond lie unassigned planes, tags and private use; texts with such characters take the slow way."""
 
@@ -45,15 +42,6 @@ class TextEncoder(Protocol):
     name: str
 
     def encode_batch(self, texts: list[str]) -> Ids: ...
-
-
-def plain_tokenizer(folder: Path) -> Tokenizer:
-    """Return a folder's `tokenizers` object for corpora: nothing added, cut or padded, specials in text not parsed."""
-    tokenizer = load_tokenizer_json(folder)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
-    return tokenizer
 
 
 def _join(parts: list[np.ndarray]) -> Ids:
@@ -78,44 +66,15 @@ class HfEncoder:
         return _join([np.asarray(one.ids, np.uint32) for one in encoded])
 
 
-class _Rerouted:
-    """A fast encoder and the texts that it must not see, which take the slow way."""
-
-    def __init__(self, exact: HfEncoder) -> None:
-        self._exact = exact
-
-    def is_unsafe(self, text: str) -> bool:
-        raise NotImplementedError
-
-    def _encode_fast(self, texts: list[str]) -> Ids:
-        raise NotImplementedError
-
-    def encode_batch(self, texts: list[str]) -> Ids:
-        unsafe = [i for i, text in enumerate(texts) if self.is_unsafe(text)]
-        if not unsafe:
-            return self._encode_fast(texts)
-        slow_ids, slow_lengths = self._exact.encode_batch([texts[i] for i in unsafe])
-        hidden = set(unsafe)
-        ids, lengths = self._encode_fast(["" if i in hidden else text for i, text in enumerate(texts)])
-        pieces = np.split(ids, np.cumsum(lengths)[:-1])
-        for i, piece in zip(unsafe, np.split(slow_ids, np.cumsum(slow_lengths)[:-1]), strict=True):
-            pieces[i] = piece
-        return _join(pieces)
-
-
-class TiktokenEncoder(_Rerouted):
-    """tiktoken over the ranks of a byte-level BPE folder, with `tokenizers` for long runs of white space."""
+class TiktokenEncoder:
+    """tiktoken over the ranks of a byte-level BPE folder."""
 
     name = "tiktoken"
 
-    def __init__(self, folder: Path, exact: HfEncoder) -> None:
-        super().__init__(exact)
+    def __init__(self, folder: Path) -> None:
         self._encoder = CorpusEncoder(folder)
 
-    def is_unsafe(self, text: str) -> bool:
-        return _LONG_SPACE.search(text) is not None
-
-    def _encode_fast(self, texts: list[str]) -> Ids:
+    def encode_batch(self, texts: list[str]) -> Ids:
         return _join([self._encoder.encode(text) for text in texts])
 
 
@@ -133,13 +92,13 @@ def _unassigned() -> np.ndarray:
     return table
 
 
-class GigatokenEncoder(_Rerouted):
+class GigatokenEncoder:
     """gigatoken, with `tokenizers` for texts whose characters its newer Unicode classes differently."""
 
     name = "gigatoken"
 
     def __init__(self, exact: HfEncoder) -> None:
-        super().__init__(exact)
+        self._exact = exact
         content = exact.content()
         content |= {"truncation": None, "padding": None, "post_processor": None}
         content["added_tokens"] = [entry for entry in content["added_tokens"] if not entry["special"]]
@@ -154,6 +113,18 @@ class GigatokenEncoder(_Rerouted):
         if text.isascii():
             return False
         return bool(_unassigned()[np.frombuffer(text.encode("utf-32-le"), np.uint32)].any())
+
+    def encode_batch(self, texts: list[str]) -> Ids:
+        unsafe = [i for i, text in enumerate(texts) if self.is_unsafe(text)]
+        if not unsafe:
+            return self._encode_fast(texts)
+        slow_ids, slow_lengths = self._exact.encode_batch([texts[i] for i in unsafe])
+        hidden = set(unsafe)
+        ids, lengths = self._encode_fast(["" if i in hidden else text for i, text in enumerate(texts)])
+        pieces = np.split(ids, np.cumsum(lengths)[:-1])
+        for i, piece in zip(unsafe, np.split(slow_ids, np.cumsum(slow_lengths)[:-1]), strict=True):
+            pieces[i] = piece
+        return _join(pieces)
 
     def _encode_fast(self, texts: list[str]) -> Ids:
         if psutil.Process().memory_info().rss - self._rss > _CACHE_GROWTH_BYTES:
@@ -224,7 +195,7 @@ def known_encoder(folder: Path, name: str) -> tuple[TextEncoder, HfEncoder]:
     exact = HfEncoder(folder)
     if name == GigatokenEncoder.name:
         return GigatokenEncoder(exact), exact
-    return (TiktokenEncoder(folder, exact) if name == TiktokenEncoder.name else exact), exact
+    return (TiktokenEncoder(folder) if name == TiktokenEncoder.name else exact), exact
 
 
 def _try_encoder(name: str, folder: Path, exact: HfEncoder) -> tuple[TextEncoder | None, str]:
@@ -242,7 +213,7 @@ def _try_encoder(name: str, folder: Path, exact: HfEncoder) -> tuple[TextEncoder
         if applies:
             return None, reason
     try:
-        encoder = GigatokenEncoder(exact) if name == GigatokenEncoder.name else TiktokenEncoder(folder, exact)
+        encoder = GigatokenEncoder(exact) if name == GigatokenEncoder.name else TiktokenEncoder(folder)
     except (ValueError, RuntimeError, NotImplementedError) as error:
         return None, f"it does not know the tokenizer's form ({error})"
     texts = probe_texts(content)

@@ -29,9 +29,10 @@ from tqdm import tqdm
 
 from nanotrain.config.errors import MissingInputError, UserError
 from nanotrain.data.chunk_encoder import ChunkEncoder, EncodedChunk, encode_in_worker, start_worker
-from nanotrain.data.encoders import HfEncoder, TextEncoder, build_encoder, eos_token_id, plain_tokenizer
+from nanotrain.data.encoders import HfEncoder, TextEncoder, build_encoder, eos_token_id
 from nanotrain.data.record_files import CHUNK_BYTES, Chunk, file_kind, plan_chunks, read_chunk
 from nanotrain.data.token_shards import TokenShardWriter, shard_files, shard_work_files, smallest_dtype
+from nanotrain.data.tokenizer import plain_tokenizer
 from nanotrain.runtime.files import file_digest, fsync_folder, write_json_atomic
 
 _LOG = logging.getLogger("nanotrain")

@@ -8,6 +8,7 @@ the exported `tokenizers` object with the same ids.
 import base64
 import functools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ _NAMED = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/A
 _NAMED += ("[/TOOL_RESULTS]", "[TOOL_CALLS]")
 SPECIALS = _NAMED + tuple(f"<SPECIAL_{i}>" for i in range(len(_NAMED), NUM_SPECIALS))
 """String of each id below 1000."""
+_LONG_SPACE = re.compile(r"\s{4096}")
+"""tiktoken's pattern engine overflows its stack on long runs of white space."""
 
 
 @functools.cache
@@ -173,8 +176,17 @@ def _require_byte_level(characters: str, folder: Path) -> None:
         raise UserError(f"`{folder}/tokenizer.json` holds {characters!r}, so it is not a byte-level BPE.")
 
 
+def plain_tokenizer(folder: Path) -> Tokenizer:
+    """Return a folder's `tokenizers` object for corpora: nothing added, cut or padded, specials in text not parsed."""
+    tokenizer = load_tokenizer_json(folder)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
 class CorpusEncoder:
-    """Encodes plain text with tiktoken, to the ids of a byte-level BPE tokenizer folder.
+    """Encodes plain text to the ids of a byte-level BPE tokenizer folder: with tiktoken, long white space with `tokenizers`.
 
     Names of specials that occur in the text are ordinary characters here. Documents get the eos id at their end.
 
@@ -183,7 +195,8 @@ class CorpusEncoder:
     """
 
     def __init__(self, tokenizer_folder: Path) -> None:
-        content = json.loads(load_tokenizer_json(tokenizer_folder).to_str())
+        self._exact = plain_tokenizer(tokenizer_folder)
+        content = json.loads(self._exact.to_str())
         specials = _special_ids(content)
         vocabulary = {chars: token for chars, token in content["model"]["vocab"].items() if token not in specials}
         self._offset = min(vocabulary.values())
@@ -203,9 +216,14 @@ class CorpusEncoder:
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of one text, [n] int64, without eos."""
+        if _LONG_SPACE.search(text):
+            return np.asarray(self._exact.encode(text, add_special_tokens=False).ids, np.int64)
         return np.asarray(self._encoding.encode_ordinary(text), np.int64) + self._offset
 
     def encode_documents(self, texts: list[str], *, threads: int = 2) -> list[np.ndarray]:
         """Return the ids of each text and then eos, [n + 1] int64."""
-        batches = self._encoding.encode_ordinary_batch(texts, num_threads=threads)
-        return [np.asarray([*(ids), EOS_ID - self._offset], np.int64) + self._offset for ids in batches]
+        slow = {i: self.encode(text) for i, text in enumerate(texts) if _LONG_SPACE.search(text)}
+        fast = ["" if i in slow else text for i, text in enumerate(texts)]
+        batches = self._encoding.encode_ordinary_batch(fast, num_threads=threads)
+        ids = [slow[i] if i in slow else np.asarray(one, np.int64) + self._offset for i, one in enumerate(batches)]
+        return [np.append(one, EOS_ID) for one in ids]

@@ -21,11 +21,18 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from nanotrain.data.chunk_encoder import ChunkEncoder, append_eos
 from nanotrain.data.corpus import TEKKEN_MEMBER, TEKKEN_PACKAGE
-from nanotrain.data.encoders import HfEncoder, known_encoder, plain_tokenizer
+from nanotrain.data.encoders import HfEncoder, known_encoder
 from nanotrain.data.pip_mini import PACKAGES
 from nanotrain.data.record_files import plan_chunks, read_chunk
 from nanotrain.data.token_shards import TokenShard, TokenShardWriter, smallest_dtype
-from nanotrain.data.tokenizer import NUM_SPECIALS, build_tokenizer, load_tokenizer_json, read_tekken, save_tokenizer
+from nanotrain.data.tokenizer import (
+    NUM_SPECIALS,
+    build_tokenizer,
+    load_tokenizer_json,
+    plain_tokenizer,
+    read_tekken,
+    save_tokenizer,
+)
 from nanotrain.data.wheels import WheelReader, cache_folder, ensure_wheels
 
 CATEGORIES = ("web", "code", "multilingual", "math", "sft")

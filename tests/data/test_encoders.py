@@ -8,8 +8,8 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from nanotrain.config.errors import MissingInputError, UserError
 from nanotrain.data import encoders
-from nanotrain.data.encoders import ENCODERS, GigatokenEncoder, HfEncoder, build_encoder, eos_token_id, plain_tokenizer
-from nanotrain.data.tokenizer import load_tokenizer_json
+from nanotrain.data.encoders import ENCODERS, GigatokenEncoder, HfEncoder, build_encoder, eos_token_id
+from nanotrain.data.tokenizer import load_tokenizer_json, plain_tokenizer
 
 NEWER_THAN_THE_ORACLE = "\U0003241e,B \U00011de3 1 \U00016ff4 \U000332a0"
 """Assigned in Unicode 17, unassigned for `tokenizers`."""

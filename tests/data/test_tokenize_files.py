@@ -17,9 +17,9 @@ import pytest
 
 from nanotrain.config.errors import MissingInputError, UserError
 from nanotrain.data import chunk_encoder, record_files, tokenize_files
-from nanotrain.data.encoders import plain_tokenizer
 from nanotrain.data.token_shards import TokenShard, shard_files
 from nanotrain.data.tokenize_files import TokenizeJob, estimate, find_inputs
+from nanotrain.data.tokenizer import plain_tokenizer
 from nanotrain.runtime.files import file_digest
 
 WORDS = [

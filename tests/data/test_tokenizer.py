@@ -84,6 +84,14 @@ def test_documents_end_with_eos(tokenizer_folder, oracle):
     assert [ids.tolist() for ids in encoded] == [[*oracle(text), EOS_ID] for text in texts]
 
 
+def test_a_million_blanks_get_the_exported_tokenizers_ids(tokenizer_folder, exported):
+    texts = ["a" + " " * 1_000_000 + "b", "between", "\n" * 5000]
+    expected = [exported.encode(text, add_special_tokens=False).ids for text in texts]
+    encoder = _encoder(tokenizer_folder)
+    assert [encoder.encode(text).tolist() for text in texts] == expected
+    assert [ids.tolist() for ids in encoder.encode_documents(texts)] == [[*ids, EOS_ID] for ids in expected]
+
+
 def test_transformers_loads_the_folder_offline(tokenizer_folder, oracle, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder))
