@@ -23,13 +23,14 @@ class MegatronConfig:
     pipeline_parallel: int = 1
     """Stages of layers, one after the other."""
     pipeline_layers: list[int] = field(default_factory=list)
-    """Layers of each stage; empty = as even as they come, the first and last stage taking the fewer."""
+    """Layers of each stage; empty = as even as they come, the first and last stage taking the fewer. A teacher with another
+    number of layers is always split evenly."""
     context_parallel: int = 1
     """Ranks that share a sequence: Mamba by its heads, attention by its positions."""
     distributed_optimizer: bool = True
     """Each data-parallel rank keeps and updates its part of the optimizer states."""
     recompute: Recompute = Recompute.none
-    """Activations made again in the backward pass: none, those of attention and norms, or whole layers."""
+    """Activations made again in the backward pass: none, those between queries and attention's output, or whole layers."""
     fp8_parameters: bool = True
     """FP8 only: gather weights over data-parallel ranks in FP8, not in bf16 (distributed optimizer)."""
 

@@ -218,3 +218,20 @@ def continue_elsewhere(first: Layout, second: Layout, folder: str) -> tuple[Curv
         engine.load_state(Path(folder))
         resumed.append(train(engine, range(4, 8), packed=True))
     return straight, resumed[0], resumed[1]
+
+
+def export_initial_weights(layouts: dict[str, Layout], folder: str) -> None:
+    """Draw bf16 parameters with their fp32 masters under each layout, save them, and read them back."""
+    start_megatron()
+    for name, layout in layouts.items():
+        engine = build(layout, precision=Precision.bf16)
+        engine.init_weights(SEED)
+        engine.save_hf(Path(folder) / name)
+        again = build(layout, precision=Precision.bf16)
+        again.load_hf(Path(folder) / name)
+        assert again.first_difference(Path(folder) / name) is None
+        loader = RankLoader(engine, packed=layout.packed)
+        both = [e.train_step(loader.microbatches(0), CrossEntropy(), LEARNING_RATE) for e in (engine, again)]
+        assert both[0] == both[1]
+        assert again.first_difference(Path(folder) / name) is not None
+        stop_megatron()

@@ -10,8 +10,10 @@ import torch
 from nanotrain.checkpoint.hf_folder import load_state_dict
 from nanotrain.config.megatron import Recompute
 from nanotrain.losses.language_modeling import CrossEntropy
+from nanotrain.model.hybrid import HybridModel
 from tests.engines.megatron_ranks import (
     SEED,
+    SMALL,
     TEACHER,
     TEACHER_SEED,
     Curve,
@@ -22,6 +24,7 @@ from tests.engines.megatron_ranks import (
     compare_layouts,
     continue_elsewhere,
     distill,
+    export_initial_weights,
     train,
 )
 from tests.ranks import run_ranks
@@ -95,6 +98,23 @@ def test_two_ranks_train_like_one_process(reference, tmp_path):
 @pytest.mark.parametrize(("layouts", "num_ranks"), [(ONE_RANK, 1), (TWO_RANKS, 2), (FOUR_RANKS, 4)])
 def test_twenty_steps_under_every_layout(reference, tmp_path, layouts, num_ranks):
     check_layouts(layouts, num_ranks, NUM_STEPS, reference, tmp_path)
+
+
+@pytest.mark.slow
+def test_checkpoints_of_bf16_parameters_hold_their_masters(tmp_path):
+    layouts = {
+        "dp2": Layout(),
+        "whole": Layout(options={"distributed_optimizer": False}),
+        "tp2_sp": Layout(tp=2, sp=True),
+        "pp2": Layout(pp=2),
+    }
+    run_ranks(export_initial_weights, 2, layouts, str(tmp_path))
+    model = HybridModel(SMALL)
+    model.init_weights(SEED)
+    for name in layouts:
+        saved = load_state_dict(tmp_path / name)
+        for key, value in model.state_dict().items():
+            assert saved[key].equal(value), (name, key)
 
 
 @pytest.mark.slow
