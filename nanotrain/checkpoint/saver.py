@@ -27,8 +27,9 @@ from nanotrain.checkpoint.resume import (
 from nanotrain.runtime.distributed import Channel, current_world, open_channel
 from nanotrain.runtime.files import file_digest, fsync_folder, write_synced
 
-CLOSE_SECONDS = 60.0
-"""A run that ends by an error waits so long for a save in flight."""
+CLOSE_SECONDS, CLOSE_SECONDS_OF_RANKS = 60.0, 5.0
+"""A run that ends by an error waits so long for a save in flight; less where it may be another rank that has died, because
+the save then never ends, and the ranks that are still alive wait for this one's connections to close."""
 _PROBE_BYTES = 1 << 20
 
 
@@ -104,7 +105,7 @@ class StateSaver:
     def close(self) -> None:
         """Give a save in flight a while to end; for a run that ends by an error of its own."""
         if self._thread is not None:
-            self._thread.join(CLOSE_SECONDS)
+            self._thread.join(CLOSE_SECONDS if current_world().size == 1 else CLOSE_SECONDS_OF_RANKS)
 
     def _save(self, step: int, write_engine: Callable[[Path], None], progress: dict[str, Any]) -> None:
         channel, first = self._channel, current_world().is_first

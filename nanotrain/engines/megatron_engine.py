@@ -167,7 +167,9 @@ class MegatronEngine(Engine):
             self._config.no_sync_func = self._model.no_sync
         self._model.train()
 
-    def train_step(self, microbatches: Sequence[MicroBatch], loss_fn: LossFn, learning_rate: float) -> StepResult:
+    def train_step(
+        self, microbatches: Sequence[MicroBatch], loss_fn: LossFn, learning_rate: float, max_loss: float = math.inf
+    ) -> StepResult:
         assert self._optimizer is not None, "this engine was built without `training`"
         for group in self._optimizer.param_groups:  # what Megatron's own scheduler would do
             group["lr"], group["weight_decay"] = learning_rate, self._weight_decay * group["wd_mult"]
@@ -176,17 +178,17 @@ class MegatronEngine(Engine):
         counts = self._counts(microbatches, loss_fn)
         outputs = self._run(microbatches, counts, loss_fn, forward_only=False)
         totals = self._reduce(outputs, sum(counts))
-        grad_norm, skipped = self._update(totals.loss)
+        grad_norm, skipped = self._update(totals.loss, max_loss)
         return StepResult(totals.loss, grad_norm, totals.num_tokens, skipped, totals.metrics)
 
     @torch.no_grad()
-    def _update(self, loss: float) -> tuple[float, bool]:
+    def _update(self, loss: float, max_loss: float) -> tuple[float, bool]:
         """Clip and update; return the norm of the gradient and whether the step was skipped."""
         assert self._optimizer is not None
         self._optimizer.prepare_grads()
         norm = self._optimizer.get_grad_norm()
         grad_norm = float(norm)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        if not (math.isfinite(loss) and loss <= max_loss and math.isfinite(grad_norm)):
             return grad_norm, True
         if self._clip > 0:
             parameters = self._optimizer.get_parameters()
