@@ -8,6 +8,10 @@ from typing import Any
 _IGNORED_KEYS = ("name", "output_dir", "tracking", "cluster")
 """Where a run lies, what it is called, who watches it and what queue it waits in do not change its product."""
 
+_IGNORED_ENGINE_KEYS = ("threads", "data_parallel", "fsdp2", "megatron")
+"""How ranks share the work changes the order of sums and nothing else: a run may go on with another number of GPUs.
+DeepSpeed's stay in, because its states continue on the same ones only."""
+
 _IGNORED_TRAINING_KEYS = ("save_interval_seconds", "keep_last", "on_save_failure", "watchdog_seconds")
 """How a training survives does not change what it learns, and may be changed between two attempts."""
 
@@ -20,11 +24,10 @@ def package_version() -> str:
 def fingerprinted(resolved: dict[str, Any]) -> dict[str, Any]:
     """Return what of a resolved recipe changes the product.
 
-    `*_from` keys go out because the digests of what they name come in; CPU threads go out because they are a matter
-    of the machine.
+    `*_from` keys go out because the digests of what they name come in.
     """
     kept = {key: value for key, value in resolved.items() if key not in _IGNORED_KEYS}
-    kept["engine"] = {key: value for key, value in resolved["engine"].items() if key != "threads"}
+    kept["engine"] = {key: value for key, value in resolved["engine"].items() if key not in _IGNORED_ENGINE_KEYS}
     kept["stage"] = {key: value for key, value in resolved["stage"].items() if not key.endswith("_from")}
     if "training" in kept["stage"]:
         training = kept["stage"]["training"].items()

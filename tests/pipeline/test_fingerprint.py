@@ -10,6 +10,9 @@ def leaves(value, path=()):
     return [path]
 
 
+SURVIVAL = ("save_interval_seconds", "keep_last", "on_save_failure", "watchdog_seconds")
+
+
 def test_every_key_counts_except_place_name_tracker_cluster_threads_and_sources(load):
     """Every leaf of a composed recipe is changed in turn: a key that the digest ignored would show here."""
     resolved = load("pipeline").entries[3].resolved
@@ -27,10 +30,13 @@ def test_every_key_counts_except_place_name_tracker_cluster_threads_and_sources(
         "name",
         "output_dir",
         "engine.threads",
+        "engine.data_parallel",
+        *(f"engine.{section}.{name}" for section in ("fsdp2", "megatron") for name in resolved["engine"][section]),
         "tracking.kind",
         "tracking.project",
         "tracking.mode",
         *(f"cluster.{name}" for name in resolved["cluster"]),
+        *(f"stage.training.{name}" for name in SURVIVAL),
         "stage.init_from",
         "stage.teacher_from",
         "stage.data_from",
