@@ -29,8 +29,7 @@ def require_device(device: torch.device, allowed: set[str]) -> None:
     """Raise UserError when the device, or a library for it, is missing."""
     if device.type not in allowed:
         raise UserError(
-            f"`engine.kind` (megatron) needs a GPU and the engine runs on {device.type}; use engine=cpu, or another engine"
-            " of plain torch, there."
+            f"`engine.kind` (megatron) needs a GPU and the engine runs on {device.type}; use engine=torch there."
         )
     if device.type != "cuda":
         return
