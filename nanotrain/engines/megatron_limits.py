@@ -44,7 +44,7 @@ def require_device(device: torch.device, allowed: set[str]) -> None:
 
 def require_supported(engine: EngineConfig, model: ModelConfig, optimizer: OptimizerConfig | None) -> None:
     """Raise UserError for a setting that this engine has no counterpart of."""
-    for op, kernel in engine.kernels.choices().items():
+    for op, kernel in ((op, kernel.value) for op, kernel in vars(engine.kernels).items()):
         if kernel != AUTO and op not in OWN_KERNELS:
             raise UserError(
                 f"`engine.kernels.{op}` ({kernel}) would be ignored: with engine=megatron the layers of Megatron-Core bring"
