@@ -139,7 +139,8 @@ def submit(recipe: LoadedRecipe, jobs: list[Job]) -> list[tuple[str, str]]:
             write_bytes_atomic(folder / f"{job.entry}.sbatch", job.script.encode())
     submitted: list[tuple[str, str]] = []
     for job in jobs:
-        after = [f"--dependency=afterok:{submitted[-1][1]}"] if submitted else []
+        # A job that can never start, because the one before it failed, leaves the queue by itself.
+        after = [f"--dependency=afterok:{submitted[-1][1]}", "--kill-on-invalid-dep=yes"] if submitted else []
         done = subprocess.run(
             ["sbatch", "--parsable", *after, str(folder / f"{job.entry}.sbatch")],
             capture_output=True,

@@ -22,6 +22,7 @@ from nanotrain.runtime.signals import PREEMPTION_SIGNALS
 EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_FAILED = 2, 75, 1
 FINAL_CODES = (EXIT_USER_ERROR, EXIT_PREEMPTED)
 """A restart would end the same way, or was not wanted."""
+_MODULE = "nanotrain"
 _RESTART_PAUSE_SECONDS = 2.0
 
 
@@ -62,10 +63,11 @@ def read_nodes() -> Nodes:
 
 
 class Launcher:
-    """Runs `nanotrain ARGUMENTS` on `ranks` ranks of this machine."""
+    """Runs `nanotrain ARGUMENTS` (the command line of `module`) on `ranks` ranks of this machine."""
 
-    def __init__(self, ranks: int, restarts: int, arguments: list[str], nodes: Nodes) -> None:
-        self._ranks, self._restarts, self._arguments, self._nodes = ranks, restarts, arguments, nodes
+    def __init__(self, ranks: int, restarts: int, arguments: list[str], nodes: Nodes, module: str = _MODULE) -> None:
+        self._ranks, self._restarts, self._nodes = ranks, restarts, nodes
+        self._module, self._arguments = module, arguments
         self._signalled = False
 
     def run(self) -> int:
@@ -101,7 +103,7 @@ class Launcher:
             signals_to_handle="SIGHUP,SIGQUIT",
         )
         try:
-            elastic_launch(config, sys.executable)("-u", "-m", "nanotrain", *self._arguments)
+            elastic_launch(config, sys.executable)("-u", "-m", self._module, *self._arguments)
         except ChildFailedError as error:
             return self._explain(error.failures)
         return 0
@@ -125,7 +127,7 @@ class Launcher:
 
         self._signalled = True
         for child in psutil.Process().children():
-            if child.status() != psutil.STATUS_ZOMBIE and "nanotrain" in child.cmdline():
+            if child.status() != psutil.STATUS_ZOMBIE and self._module in child.cmdline():
                 child.send_signal(number)
 
 
@@ -133,8 +135,8 @@ def _say(sentence: str) -> None:
     sys.stderr.write(f"nanotrain: {sentence}\n")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Start the ranks and return the run's exit code."""
+def main(arguments: list[str] | None = None, *, module: str = _MODULE) -> int:
+    """Start the ranks of `module` and return the run's exit code."""
     parser = argparse.ArgumentParser(prog="torchrun.sh", description=__doc__)
     parser.add_argument("--ranks", type=int, help="ranks on this machine (default: its GPUs, or 1)")
     parser.add_argument(
@@ -147,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if ranks < 1 or options.restarts < 0:
             raise UserError(f"`--ranks` ({ranks}) must be at least 1 and `--restarts` ({options.restarts}) at least 0.")
-        return Launcher(ranks, options.restarts, words, read_nodes()).run()
+        return Launcher(ranks, options.restarts, words, read_nodes(), module).run()
     except UserError as error:
         _say(str(error))
         return EXIT_USER_ERROR

@@ -103,7 +103,7 @@ def test_jobs_are_chained_and_finished_entries_left_out(load, folder, monkeypatc
     assert submitted == [("pretrain", "100"), ("prune", "101"), ("distill", "102"), ("evaluate", "103")]
     calls = record.read_text().splitlines()
     assert calls[0] == "--parsable runs/toy/slurm/pretrain.sbatch"
-    assert calls[3] == "--parsable --dependency=afterok:102 runs/toy/slurm/evaluate.sbatch"
+    assert calls[3] == "--parsable --dependency=afterok:102 --kill-on-invalid-dep=yes runs/toy/slurm/evaluate.sbatch"
     assert (RUN / "slurm/prune.sbatch").read_text() == jobs_of(recipe)["prune"]
 
 

@@ -12,7 +12,8 @@ import pytest
 from nanotrain.config.errors import UserError
 from nanotrain.runtime.torchrun import Nodes, read_nodes
 
-# Stands for the package's command line: started as `-m nanotrain`, found before the real one.
+ROOT = Path(__file__).parents[2]
+# Stands for the package's command line.
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
@@ -42,18 +43,15 @@ if behaviour == "defect":
 
 @pytest.fixture
 def start(tmp_path):
-    package = tmp_path / "package" / "nanotrain"
-    package.mkdir(parents=True)
-    (package / "__main__.py").write_text(RANK)
+    (tmp_path / "stand_in.py").write_text(RANK)
     (tmp_path / "seen").mkdir()
 
     def start(behaviour: str, restarts: int = 3) -> subprocess.Popen[str]:
-        # The launcher is the real module by its path; its children find the stand-in.
-        root = Path(__file__).parents[2]
-        code = f"import sys, os; sys.path.insert(0, {str(root)!r}); from nanotrain.runtime.torchrun import main;"
-        code += f"os.environ['PYTHONPATH'] = {str(tmp_path / 'package')!r}; sys.exit(main(sys.argv[1:]))"
+        code = (
+            "import sys; from nanotrain.runtime.torchrun import main; sys.exit(main(sys.argv[1:], module='stand_in'))"
+        )
         words = ["--ranks", "2", "--restarts", str(restarts), "--", "run", str(tmp_path / "seen"), behaviour]
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
         return subprocess.Popen(
             [sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
         )
