@@ -32,13 +32,13 @@ export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
 export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE={ranks}
 """
 
-# srun ends all ranks when one fails; those that have saved give the others time to come to their own end. The shell
-# must outlive a signal to hand on the exit code.
+# srun ends all ranks when one fails; one that has saved, or refuses a mistake, gives the others time to come to the same
+# end. The shell must outlive a signal to hand on the exit code.
 _RANK = """\
 trap : USR1 TERM
 RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID "$@"
 code=$?
-((code == 75)) && sleep 5
+((code == 75 || code == 2)) && sleep 5
 exit $code"""
 
 _AGAIN = """\
