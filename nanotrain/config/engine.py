@@ -62,10 +62,25 @@ class FusedKernel(str, Enum):
     triton = "triton"
 
 
+class CoreKernel(str, Enum):
+    auto = "auto"
+    torch = "torch"
+    fused = "fused"
+
+
+class Fp8Gemm(str, Enum):
+    auto = "auto"
+    te = "te"
+    deep_gemm = "deep_gemm"
+
+
 @dataclass
 class KernelsConfig:
     """One switch per op. auto = the fastest that is installed on a GPU, plain torch on the CPU."""
 
+    mamba_core: CoreKernel = CoreKernel.auto
+    """Convolution, scan, gate and norm of a Mamba-2 mixer as one op, out of causal-conv1d's, mamba-ssm's and our own kernels;
+    torch = each by its own switch below. auto = fused where those three switches are auto or name the same kernels."""
     ssd: SsdKernel = SsdKernel.auto
     """State space scan of Mamba-2."""
     causal_conv1d: ConvKernel = ConvKernel.auto
@@ -80,9 +95,26 @@ class KernelsConfig:
     adamw: FusedKernel = FusedKernel.auto
     """The update of low-precision states or weights, or in the backward pass; fp32 AdamW is torch's own fused kernel."""
 
+    fp8_gemm: Fp8Gemm = Fp8Gemm.auto
+    """FP8 blockwise only: the library of the products for outputs and input gradients. auto = te."""
+
     def choices(self) -> dict[str, str]:
-        """Return op -> wanted kernel."""
-        return {op: kernel.value for op, kernel in self.__dict__.items()}
+        """Return op -> wanted kernel; `fp8_gemm` is no op but belongs to the precision."""
+        wanted = {op: kernel.value for op, kernel in self.__dict__.items() if op != "fp8_gemm"}
+        parts = (wanted["ssd"], wanted["causal_conv1d"], wanted["gated_rms_norm"])
+        fused = ("mamba_ssm", "causal_conv1d", "triton")
+        if wanted["mamba_core"] == "auto" and any(
+            part not in ("auto", name) for part, name in zip(parts, fused, strict=True)
+        ):
+            wanted["mamba_core"] = "torch"
+        return wanted
+
+    def validate(self, path: str, precision: Precision) -> None:
+        if self.fp8_gemm is not Fp8Gemm.auto and precision is not Precision.fp8_blockwise:
+            raise UserError(
+                f"`{path}.fp8_gemm` ({self.fp8_gemm.value}) belongs to `precision` fp8_blockwise and would be ignored by"
+                f" {precision.value}; remove it."
+            )
 
 
 @dataclass
@@ -124,6 +156,7 @@ class EngineConfig:
     def validate(self, path: str) -> None:
         if self.threads < 0:
             raise UserError(f"`{path}.threads` ({self.threads}) must not be negative; 0 leaves the choice to torch.")
+        self.kernels.validate(f"{path}.kernels", self.precision)
         for name in ("fp8_bf16_first_layers", "fp8_bf16_last_layers"):
             if self.__dict__[name] < 0:
                 raise UserError(f"`{path}.{name}` ({self.__dict__[name]}) must not be negative; 0 = no layer.")

@@ -11,7 +11,7 @@ from nanotrain.ops.linear import WeightCopy
 
 
 def parameter_dtype(training: TrainingConfig | None, autocast_dtype: torch.dtype | None) -> torch.dtype:
-    """Return the dtype of the weights; A_log, D and dt_bias stay fp32 whatever it is.
+    """Return the dtype of the matrices; everything else stays fp32 whatever it is.
 
     Raises:
         UserError: bf16 weights under products in fp32.
@@ -26,12 +26,24 @@ def parameter_dtype(training: TrainingConfig | None, autocast_dtype: torch.dtype
     return torch.bfloat16
 
 
+def is_narrowed(parameter: Tensor) -> bool:
+    """Return whether a parameter takes the low precision of `parameter_dtype`: matrices do.
+
+    Norms, A_log, D, dt_bias and the convolution stay fp32: 0.02% of the 12B, near 1 in size, where bf16 numbers lie further
+    apart than an update moves them.
+    """
+    return parameter.ndim == 2
+
+
 def place_model(model: HybridModel, device: torch.device, dtype: torch.dtype) -> HybridModel:
-    """Move `model` to `device` in `dtype`, tensor by tensor; one on the meta device gets storage there, still unset."""
-    narrow = dtype is not torch.float32
+    """Move `model` to `device`, matrices in `dtype`, tensor by tensor; one on the meta device gets storage, still unset."""
+    if dtype is not torch.float32:
+        for parameter in model.parameters():
+            if is_narrowed(parameter):
+                parameter.data = parameter.data.to(dtype)
     if any(parameter.is_meta for parameter in model.parameters()):
-        return (model.to(dtype) if narrow else model).to_empty(device=device)
-    return model.to(device, dtype) if narrow else model.to(device)
+        return model.to_empty(device=device)
+    return model.to(device)
 
 
 def weight_copies_of(model: nn.Module) -> dict[Tensor, WeightCopy]:

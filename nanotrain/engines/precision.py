@@ -40,7 +40,7 @@ def apply_precision(
         in_fp8 = range(config.fp8_bf16_first_layers, len(layers) - config.fp8_bf16_last_layers)
         _require_layers(config, len(layers), in_fp8)
         _require_sizes(model, config.precision, in_fp8)
-        fp8 = load_fp8_products(config.precision, device)
+        fp8 = load_fp8_products(config.precision, device, config.kernels.fp8_gemm)
     if device.type != "cuda" or autocast_dtype is not torch.bfloat16:
         return []  # on the CPU autocast itself casts, as it always did
     rounded = RoundedProducts()

@@ -12,8 +12,11 @@ from nanotrain.model.cache import HybridCache
 from nanotrain.model.linear import Linear
 from nanotrain.ops.attention import attention
 from nanotrain.ops.causal_conv1d import causal_conv1d
+from nanotrain.ops.mamba_core import mamba_core
+from nanotrain.ops.mamba_layout import MambaParameters, MambaSizes, split_heads
 from nanotrain.ops.rms_norm import grouped_gated_rms_norm, rms_norm
 from nanotrain.ops.squared_relu import squared_relu
+from nanotrain.ops.squared_relu_mlp import fuses_squared_relu, squared_relu_mlp
 from nanotrain.ops.ssd import ssd_scan, ssd_step
 from nanotrain.planning.parameters import FP32_TENSORS
 
@@ -84,35 +87,46 @@ class MambaMixer(nn.Module):
         num_valid: Tensor | None = None,
     ) -> Tensor:
         """Convolution, scan, gate and norm: [B, S, 2 inner + 2 G N + H] to [B, S, inner]."""
-        config = self.config
-        z, xBC, dt = zxBCdt.split([config.mamba_inner_size, config.conv_channels, config.mamba_num_heads], dim=-1)
+        if cache is None:
+            return mamba_core(zxBCdt, self._core_parameters(), self._sizes, segment_ids)
+        z, xBC, dt = zxBCdt.split(self._sizes.widths, dim=-1)
         wide = torch.promote_types(dt.dtype, torch.float32)
         dt = F.softplus(dt.to(wide) + self.dt_bias)
         if num_valid is not None:  # dt = 0 at padding: it leaves the state as it is
             dt = dt * (torch.arange(dt.shape[1], device=dt.device) < num_valid[:, None])[..., None]
-        y = self._scan(xBC, dt, segment_ids, cache, num_valid)
+        y = self._continue_scan(xBC, dt, segment_ids, cache, num_valid)
+        config = self.config
         return grouped_gated_rms_norm(y.flatten(2), z, self.norm.weight, config.layer_norm_epsilon, config.n_groups)
 
-    def _scan(
-        self, xBC: Tensor, dt: Tensor, segment_ids: Tensor | None, cache: HybridCache | None, num_valid: Tensor | None
-    ) -> Tensor:
-        """Convolution and SSD: [B, S, C] and dt [B, S, H] to [B, S, H, P]."""
+    @property
+    def _sizes(self) -> MambaSizes:
         config = self.config
-        convolved = self.conv1d(xBC, segment_ids, None if cache is None else cache.conv_states[self.layer])
-        size = config.n_groups * config.ssm_state_size
-        x, B, C = convolved.split([config.mamba_inner_size, size, size], dim=-1)
-        x = x.unflatten(-1, (config.mamba_num_heads, config.mamba_head_dim))
-        B, C = (t.unflatten(-1, (config.n_groups, config.ssm_state_size)) for t in (B, C))
+        return MambaSizes(
+            config.mamba_num_heads,
+            config.mamba_head_dim,
+            config.n_groups,
+            config.ssm_state_size,
+            config.chunk_size,
+            config.layer_norm_epsilon,
+        )
+
+    def _core_parameters(self) -> MambaParameters:
+        return MambaParameters(self.conv1d.weight, self.conv1d.bias, self.dt_bias, self.A_log, self.D, self.norm.weight)
+
+    def _continue_scan(
+        self, xBC: Tensor, dt: Tensor, segment_ids: Tensor | None, cache: HybridCache, num_valid: Tensor | None
+    ) -> Tensor:
+        """Convolution and SSD from the cache's states on: [B, S, C] and dt [B, S, H] to [B, S, H, P]."""
+        convolved = self.conv1d(xBC, segment_ids, cache.conv_states[self.layer])
+        x, B, C = split_heads(convolved, self._sizes)
         A = -torch.exp(self.A_log.to(dt.dtype))
-        if cache is None:
-            return ssd_scan(x, dt, A, B, C, self.D, chunk_size=config.chunk_size, segment_ids=segment_ids)[0]
         cache.store_conv_inputs(self.layer, xBC, num_valid)
         state = cache.ssm_states[self.layer]
         if xBC.shape[1] == 1:
             y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, state)
             y = y[:, None]
         else:
-            y, state = ssd_scan(x, dt, A, B, C, self.D, chunk_size=config.chunk_size, initial_state=state)
+            y, state = ssd_scan(x, dt, A, B, C, self.D, chunk_size=self.config.chunk_size, initial_state=state)
         cache.ssm_states[self.layer] = state
         return y
 
@@ -153,4 +167,8 @@ class MLPMixer(nn.Module):
 
     def forward(self, u: Tensor, *_unused: Any) -> Tensor:
         """Map [B, S, D] to [B, S, D]; positions do not meet here."""
-        return self.down_proj(squared_relu(self.up_proj(u)))
+        up, down = self.up_proj, self.down_proj
+        copies = (up.weight_copy, down.weight_copy)
+        if fuses_squared_relu(u, *copies) and not up._forward_hooks:  # a hook is there to see up's output
+            return squared_relu_mlp(u, up.weight, down.weight, *copies)
+        return down(squared_relu(up(u)))

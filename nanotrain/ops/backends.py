@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanotrain.config.engine import Precision
+from nanotrain.config.engine import Fp8Gemm, Precision
 from nanotrain.config.errors import UserError
 from nanotrain.ops.linear import QuantizedProducts
 from nanotrain.runtime.logging import log_once
@@ -31,6 +31,12 @@ class Kernel:
     install: str
     """The command that installs it."""
     load: Callable[[], Callable[..., Any]]
+
+
+def _fused_mamba_core() -> Callable[..., Any]:
+    from nanotrain.ops.gpu.mamba_core_kernels import mamba_core
+
+    return mamba_core
 
 
 def _triton_gated_norm() -> Callable[..., Any]:
@@ -99,7 +105,11 @@ def _triton_adamw() -> Callable[..., Any]:
     return adamw_update
 
 
-def _te_products(precision: Precision) -> QuantizedProducts:
+def _products(precision: Precision, gemm: Fp8Gemm) -> QuantizedProducts:
+    if gemm is Fp8Gemm.deep_gemm:
+        from nanotrain.ops.gpu.deep_gemm_products import DeepGemmProducts
+
+        return DeepGemmProducts()
     from nanotrain.ops.gpu.transformer_engine_products import BlockwiseProducts, CurrentScalingProducts
 
     return BlockwiseProducts() if precision is Precision.fp8_blockwise else CurrentScalingProducts()
@@ -107,13 +117,14 @@ def _te_products(precision: Precision) -> QuantizedProducts:
 
 FP8_CAPABILITY = {Precision.fp8_blockwise: (9, 0), Precision.fp8_current: (8, 9)}
 TE_INSTALL = 'pip install "transformer-engine[pytorch]" --no-build-isolation'
+DEEP_GEMM_INSTALL = "pip install sgl-deep-gemm==0.1.5"
 
 
-def load_fp8_products(precision: Precision, device: torch.device) -> QuantizedProducts:
-    """Return the FP8 quantisers and products for `precision`.
+def load_fp8_products(precision: Precision, device: torch.device, gemm: Fp8Gemm = Fp8Gemm.auto) -> QuantizedProducts:
+    """Return the FP8 quantisers and products for `precision`, with the products of the library `gemm`.
 
     Raises:
-        UserError: the device has no such instructions, or Transformer Engine is missing.
+        UserError: the device has no such instructions, or a library is missing.
     """
     key = f"`engine.precision` ({precision.value})"
     if device.type != "cuda":
@@ -124,16 +135,29 @@ def load_fp8_products(precision: Precision, device: torch.device) -> QuantizedPr
             f"{key} needs a GPU of compute capability {needed[0]}.{needed[1]} or later, which"
             f" {torch.cuda.get_device_name(device)} is not; use bf16."
         )
-    if find_spec("transformer_engine") is None:
-        raise UserError(f"{key} needs Transformer Engine, which is not installed; run `{TE_INSTALL}`, or use bf16.")
+    libraries = [("Transformer Engine", "transformer_engine", TE_INSTALL)]
+    if gemm is Fp8Gemm.deep_gemm:
+        libraries.append(("DeepGEMM", "deep_gemm", DEEP_GEMM_INSTALL))
+    for name, module, install in libraries:
+        if find_spec(module) is None:
+            raise UserError(f"{key} needs {name}, which is not installed; run `{install}`, or use bf16.")
     try:
-        return _te_products(precision)
-    except (ImportError, OSError, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise UserError(f"{key}: Transformer Engine cannot be loaded ({reason}); run `{TE_INSTALL}`.") from error
+        return _products(precision, gemm)
+    except (
+        AssertionError,
+        ImportError,
+        OSError,
+        RuntimeError,
+    ) as error:  # DeepGEMM asserts that it finds CUDA's compiler
+        names, installs = (" and ".join(part) for part in list(zip(*libraries, strict=True))[::2])
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}"
+        raise UserError(f"{key}: {names} cannot be loaded ({reason}); run `{installs}`.") from error
 
 
 KERNELS: dict[str, dict[str, Kernel]] = {
+    "mamba_core": {
+        "fused": Kernel("mamba_ssm", MAMBA_INSTALL, _fused_mamba_core),
+    },
     "ssd": {
         "mamba_ssm": Kernel("mamba_ssm", MAMBA_INSTALL, _mamba_ssm_ssd),
     },

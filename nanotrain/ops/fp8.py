@@ -100,6 +100,12 @@ def dequantize_ref(data: Tensor, scales: Tensor, *, blocks: bool) -> Tensor:
     return values * per_value.repeat_interleave(BLOCK, 1)
 
 
+def squared_relu_quantised_ref(x: Tensor, grad: Tensor | None) -> Quantized:
+    """Return relu(x)^2, or with `grad` its gradient, in tiles; x and grad [M, K]."""
+    positive = x.float().clamp(min=0.0)
+    return quantize_tiles_ref(positive * positive if grad is None else 2.0 * positive * grad.float())
+
+
 class EmulatedProducts:
     """The products of a linear layer from quantised operands, in fp64: the slow twin of a GEMM library's.
 
@@ -107,6 +113,9 @@ class EmulatedProducts:
     """
 
     row_multiple = BLOCK
+
+    def __init__(self, *, fused: bool = False) -> None:
+        self.squared_relu_quantised = squared_relu_quantised_ref if fused else None
 
     def quantize_activation(self, x: Tensor, *, columns: bool) -> Quantized:
         del columns

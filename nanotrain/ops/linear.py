@@ -4,6 +4,7 @@ The one idea: a layer holds a `WeightCopy`, the quantised weight of the current 
 use and serves forward and backward of all micro-batches of the step; a change of the weight makes a new one.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,8 @@ class QuantizedProducts(Protocol):
 
     row_multiple: int
     """T must be a multiple of it; `linear` pads."""
+    squared_relu_quantised: Callable[[Tensor, Tensor | None], Quantized] | None
+    """relu(x)^2 of x [T, K], or its gradient 2 relu(x) grad, quantised as `quantize_activation` does; None = unfused."""
 
     def quantize_activation(self, x: Tensor, *, columns: bool) -> Quantized: ...
 
@@ -46,6 +49,7 @@ class RoundedProducts:
     """
 
     row_multiple = 1
+    squared_relu_quantised = None
 
     def quantize_activation(self, x: Tensor, *, columns: bool) -> Quantized:
         return _rounded(x, columns)

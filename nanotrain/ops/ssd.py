@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from nanotrain.ops.backends import kernel_for
 from nanotrain.ops.segments import segment_indices
 
-_KERNEL_STATE_SIZES = (16, 32, 64, 128, 256)
+KERNEL_STATE_SIZES = (16, 32, 64, 128, 256)
 
 
 def ssd_scan(
@@ -53,7 +53,7 @@ def ssd_scan(
         y [B, S, H, P] in x's dtype, and the state after the last position [B, H, P, N] in the inner dtype.
     """
     kernel = kernel_for("ssd", x)
-    if kernel is not None and x.shape[-1] >= 16 and B.shape[-1] in _KERNEL_STATE_SIZES:
+    if kernel is not None and x.shape[-1] >= 16 and B.shape[-1] in KERNEL_STATE_SIZES:
         return kernel(x, dt, A, B, C, D, chunk_size=chunk_size, segment_ids=segment_ids, initial_state=initial_state)
     dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):

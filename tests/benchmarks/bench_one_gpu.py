@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nanotrain.config.engine import EngineConfig, KernelsConfig, Precision, SsdKernel
+from nanotrain.config.engine import EngineConfig, KernelsConfig, Precision
 from nanotrain.config.model import ModelConfig
 from nanotrain.engines.precision import apply_precision
 from nanotrain.engines.root import TrainingRoot
@@ -128,6 +128,14 @@ def our_step(
     return step
 
 
+def chosen_kernels(choices: list[str]) -> KernelsConfig:
+    kernels = KernelsConfig()
+    for choice in choices:
+        op, _, name = choice.partition("=")
+        setattr(kernels, op, type(getattr(kernels, op))(name))
+    return kernels
+
+
 class Clock:
     """Milliseconds of forward, backward and both, by device events (or the host's clock without a device)."""
 
@@ -206,7 +214,7 @@ def compare_models(part: str, config: ModelConfig, precision: str, options: argp
         if name == "peer":
             steps[name] = options.peer.step_of(model, batch.input_ids, batch.labels)
         else:
-            kernels = KernelsConfig(ssd=SsdKernel(options.ssd))
+            kernels = chosen_kernels(options.kernels)
             steps[name] = our_step(model, precision, bf16_layers, batch, device, kernels)
     clocks, first, peak = {name: Clock(device) for name in steps}, {}, {}
     order = list(steps)
@@ -263,7 +271,7 @@ def compare_cores(options: argparse.Namespace, report: Report) -> None:
     for kernels in options.cores:
         for chunk in options.chunks:
             forms[f"nanotrain {kernels or 'torch'} {chunk}"] = our_core(
-                replace(config, chunk_size=chunk), kernels, device
+                replace(config, chunk_size=chunk), {"mamba_core": kernels}, device
             )
     if device.type == "cuda" and not options.alone:
         peer = options.peer.mamba_core(
@@ -294,12 +302,12 @@ def compare_cores(options: argparse.Namespace, report: Report) -> None:
         free()
 
 
-def our_core(config: ModelConfig, kernel: str, device: torch.device) -> Callable[[Tensor], Tensor]:
+def our_core(config: ModelConfig, kernels: dict[str, str], device: torch.device) -> Callable[[Tensor], Tensor]:
     mixer = MambaMixer(replace(config, hidden_size=32), 0).to(device)
     for name, parameter in mixer.named_parameters():
         nn.init.constant_(parameter, -4.6 if name == "dt_bias" else 1.0)
     mixer = mixer.to(torch.bfloat16)
-    wanted = KernelsConfig().choices() | ({"ssd": kernel} if kernel else {})
+    wanted = KernelsConfig().choices() | kernels
 
     def run(zxBCdt: Tensor) -> Tensor:
         choose_kernels(wanted, device)
@@ -317,8 +325,8 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--bf16-layers", type=int, default=0, help="layers at each end that FP8 leaves in bf16")
     parser.add_argument("--chunks", type=int, nargs="*", default=[128])
-    parser.add_argument("--cores", nargs="*", default=["auto"], help="values of engine.kernels.ssd")
-    parser.add_argument("--ssd", default="auto", help="engine.kernels.ssd of our model")
+    parser.add_argument("--cores", nargs="*", default=["auto"], help="values of engine.kernels.mamba_core")
+    parser.add_argument("--kernels", nargs="*", default=[], help="our model's, as mamba_core=torch fp8_gemm=deep_gemm")
     parser.add_argument("--alone", action="store_true", help="without the peer")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()

@@ -17,6 +17,7 @@ from nanotrain.config.load import load_recipe
 from nanotrain.config.stage import PretrainConfig
 from nanotrain.config.training import OptimizerConfig, ParameterDtype, StateDtype
 from nanotrain.data.loader import PretrainLoader
+from nanotrain.engines.parameters import is_narrowed
 from nanotrain.engines.torch_engine import TorchEngine
 from nanotrain.evaluation.held_out import held_out_bits_per_byte
 from nanotrain.losses.language_modeling import CrossEntropy
@@ -29,10 +30,13 @@ FORMS = {
     "fp32": (StateDtype.fp32, ParameterDtype.fp32, 1),
     "bf16": (StateDtype.bf16, ParameterDtype.fp32, 1),
     "int8": (StateDtype.int8, ParameterDtype.fp32, 1),
+    "fp32-bf16-weights": (StateDtype.fp32, ParameterDtype.bf16, 1),
     "bf16-bf16-weights": (StateDtype.bf16, ParameterDtype.bf16, 1),
     "int8-bf16-weights": (StateDtype.int8, ParameterDtype.bf16, 1),
+    "int8-all-weights-bf16": (StateDtype.int8, ParameterDtype.bf16, 1),
     "fp32-seed-2": (StateDtype.fp32, ParameterDtype.fp32, 2),
 }
+"""Weights in bf16 are the matrices, as the engine does it; `all` means norms and convolutions too."""
 
 
 class ShadowEngine(TorchEngine):
@@ -40,10 +44,10 @@ class ShadowEngine(TorchEngine):
 
     shadow: dict[str, torch.nn.Parameter] | None = None
 
-    def use(self, optimizer: OptimizerConfig) -> None:
+    def use(self, optimizer: OptimizerConfig, everything: bool) -> None:
         self.shadow = {name: torch.nn.Parameter(p.detach().clone()) for name, p in self._model.named_parameters()}
         for name, parameter in self.shadow.items():
-            if not name.endswith(("A_log", ".D", "dt_bias")):
+            if is_narrowed(parameter) or (everything and not name.endswith(("A_log", ".D", "dt_bias"))):
                 parameter.data = parameter.data.bfloat16()
         self._optimizer = build_adamw(self.shadow.items(), optimizer, 1.0)
         self._copy()
@@ -80,7 +84,7 @@ def run(form: str, prepared: Path, out: Path, steps: int) -> None:
     )
     engine.init_weights(seed)
     if weights is ParameterDtype.bf16:
-        engine.use(optimizer)
+        engine.use(optimizer, everything="all" in form)
     loader = PretrainLoader(prepared / "data", stage.curriculum, training, 1)
     started, losses = time.perf_counter(), []
     for step in range(training.steps):

@@ -3,16 +3,17 @@
 import pytest
 import torch
 
-from nanotrain.config.engine import Precision
+from nanotrain.config.engine import Fp8Gemm, Precision
 from nanotrain.config.errors import UserError
 from nanotrain.ops.backends import load_fp8_products
-from nanotrain.ops.fp8 import EmulatedProducts
+from nanotrain.ops.fp8 import EmulatedProducts, squared_relu_quantised_ref
 from nanotrain.ops.linear import RoundedProducts, WeightCopy, linear
+from nanotrain.ops.squared_relu_mlp import fuses_squared_relu, squared_relu_mlp, squared_relu_mlp_ref
 
 
-def products(precision: Precision):
+def products(precision: Precision, gemm: Fp8Gemm = Fp8Gemm.auto):
     try:
-        return load_fp8_products(precision, torch.device("cuda", 0))
+        return load_fp8_products(precision, torch.device("cuda", 0), gemm)
     except UserError as error:
         pytest.skip(str(error))
 
@@ -43,8 +44,9 @@ def test_blockwise_quantisers_equal_the_emulation_bit_for_bit(dtype):
                 assert torch.equal(mine[used], other[used])
 
 
-def test_blockwise_products_equal_the_emulation_but_for_rounding():
-    ours, slow = products(Precision.fp8_blockwise), EmulatedProducts()
+@pytest.mark.parametrize("gemm", [Fp8Gemm.te, Fp8Gemm.deep_gemm])
+def test_blockwise_products_equal_the_emulation_but_for_rounding(gemm):
+    ours, slow = products(Precision.fp8_blockwise, gemm), EmulatedProducts()
     x, weight, grad = (
         matrix(*shape, seed, torch.float32) for shape, seed in (((256, 384), 2), ((128, 384), 3), ((256, 128), 4))
     )
@@ -58,6 +60,40 @@ def test_blockwise_products_equal_the_emulation_but_for_rounding():
             got = getattr(ours, name)(fast[a], fast[b], dtype).cpu().double()
             expected = getattr(slow, name)(exact[a], exact[b], torch.float64)
             assert float((got - expected).norm() / expected.norm()) < tolerance, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_squared_relu_equals_the_emulation_bit_for_bit(dtype):
+    ours = products(Precision.fp8_blockwise)
+    x, grad = matrix(256, 384, 7, dtype), matrix(256, 384, 8, dtype)
+    for other in (None, grad):
+        fast = ours.squared_relu_quantised(x.cuda(), None if other is None else other.cuda())
+        expected = squared_relu_quantised_ref(x, other)
+        for name in ("rows", "row_scales", "columns", "column_scales"):
+            assert torch.equal(getattr(fast, name).cpu(), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("gemm", [Fp8Gemm.te, Fp8Gemm.deep_gemm])
+def test_fused_mlp_is_as_near_fp64_as_the_ops_apart(use, gemm):
+    use("squared_relu", "triton")
+    chosen = products(Precision.fp8_blockwise, gemm)
+    copies = WeightCopy(chosen), WeightCopy(chosen)
+    generator = torch.Generator().manual_seed(9)
+    x = torch.randn(2, 150, 256, generator=generator).bfloat16().cuda().requires_grad_()
+    weights = [(torch.randn(*s, generator=generator) / 16).cuda().requires_grad_() for s in ((512, 256), (256, 512))]
+    grad = torch.randn(2, 150, 256, generator=generator).bfloat16().cuda()
+    wide = [t.detach().double().requires_grad_() for t in (x, *weights)]
+    exact = torch.relu(wide[0] @ wide[1].t()).square() @ wide[2].t()
+    expected = [exact, *torch.autograd.grad(exact, wide, grad.double())]
+    assert fuses_squared_relu(x, *copies)
+    errors = []
+    for form in (squared_relu_mlp, squared_relu_mlp_ref):
+        y = form(x, *weights, *copies)
+        got = [y, *torch.autograd.grad(y, (x, *weights), grad)]
+        errors.append(
+            [float(((a.double() - e).norm() / e.norm()).detach()) for a, e in zip(got, expected, strict=True)]
+        )
+    assert all(fused < 1.05 * apart < 0.08 for fused, apart in zip(*errors, strict=True)), errors
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])

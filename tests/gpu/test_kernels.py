@@ -10,6 +10,8 @@ from torch import Tensor
 from nanotrain.ops import backends
 from nanotrain.ops.attention import attention, attention_ref
 from nanotrain.ops.causal_conv1d import causal_conv1d, causal_conv1d_ref
+from nanotrain.ops.mamba_core import mamba_core, mamba_core_ref
+from nanotrain.ops.mamba_layout import MambaParameters, MambaSizes
 from nanotrain.ops.rms_norm import (
     grouped_gated_rms_norm,
     grouped_gated_rms_norm_ref,
@@ -67,6 +69,26 @@ def test_ssd(use, name, dtype, packed):
         on_gpu(lambda *a: ssd_scan(*a, chunk_size=128, segment_ids=gpu_ids)),
         lambda *a: ssd_scan_ref(*a, segment_ids=ids),
         inputs,
+        dtype,
+    )
+    assert error < SCAN_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", kernels_of("mamba_core"))
+def test_mamba_core(use, name, dtype, packed):
+    use("mamba_core", name)
+    sizes = MambaSizes(num_heads=8, head_dim=80, num_groups=2, state_size=128, chunk_size=128, epsilon=1e-5)
+    channels, randn = sizes.widths[1], draws(9)
+    taps = [randn(channels, 1, 4) / 3, randn(channels) / 8]
+    rest = [randn(8) - 2, torch.rand(8, generator=torch.Generator().manual_seed(3)), randn(8), randn(sizes.inner)]
+    ids = documents(2, 300) if packed else None
+    gpu_ids = None if ids is None else ids.cuda()
+    error = worst_error(
+        on_gpu(lambda z, *p: mamba_core(z, MambaParameters(*p), sizes, gpu_ids)),
+        lambda z, *p: mamba_core_ref(z, MambaParameters(*p), sizes, ids),
+        [randn(2, 300, sum(sizes.widths)) / 2, *taps, *rest],
         dtype,
     )
     assert error < SCAN_TOLERANCE[dtype]

@@ -30,7 +30,7 @@ NARROW_12B = ModelConfig(
 )
 """The published 12B's scan shapes, for which the kernels are tuned, in narrow layers."""
 
-PLAIN = KernelsConfig(**{op: type(kernel)("torch") for op, kernel in KernelsConfig().__dict__.items()})
+PLAIN = KernelsConfig(**{op: type(getattr(KernelsConfig(), op))("torch") for op in KernelsConfig().choices()})
 TRAINING = TrainingConfig(steps=6, global_batch_size=4, micro_batch_size=2, sequence_length=256, learning_rate=1e-3)
 
 

@@ -1,6 +1,7 @@
 """Packing, dtypes, names and sizes of the model."""
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from nanotrain.config.model import ModelConfig
 from nanotrain.model import mixers
 from nanotrain.model.hybrid import HybridModel
+from nanotrain.ops import mamba_core
 from nanotrain.planning.parameters import FP32_TENSORS, count_parameters, tensor_shapes
 from tests.model.architectures import random_config, random_model, random_tokens
 
@@ -49,11 +51,13 @@ def forget_segments(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **kwargs: function(*args, **kwargs | {"segment_ids": None})
 
 
-@pytest.mark.parametrize("op", ["causal_conv1d", "ssd_scan", "attention"])
-def test_each_reset_is_needed(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("module", "op"), [(mamba_core, "causal_conv1d"), (mamba_core, "ssd_scan"), (mixers, "attention")]
+)
+def test_each_reset_is_needed(module: ModuleType, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(random_config(7), 7, torch.float64)
     assert packing_error(model) < 1e-10
-    monkeypatch.setattr(mixers, op, forget_segments(getattr(mixers, op)))
+    monkeypatch.setattr(module, op, forget_segments(getattr(module, op)))
     assert packing_error(model) > 1e-3
 
 

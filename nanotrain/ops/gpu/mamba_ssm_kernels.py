@@ -23,7 +23,7 @@ def ssd_scan(
 ) -> tuple[Tensor, Tensor]:
     """See ops.ssd.ssd_scan. States and decays are fp32; products run in x's dtype (fp32: TF32)."""
     index = None if segment_ids is None else segment_indices(segment_ids)
-    chunk_size = _power_of_two(chunk_size)
+    chunk_size = power_of_two(chunk_size)
     restrict_to_tuned(x.shape[-1], B.shape[-1], chunk_size, x.dtype)
     with torch.autocast("cuda", enabled=False):
         return mamba_chunk_scan_combined(
@@ -40,7 +40,7 @@ def ssd_scan(
         )
 
 
-def _power_of_two(chunk_size: int) -> int:
+def power_of_two(chunk_size: int) -> int:
     """The kernels' tiles need a chunk of 16 ... 256 positions; the chunk's length does not change the result."""
     return min(max(16, 1 << (chunk_size - 1).bit_length()), 256)
 

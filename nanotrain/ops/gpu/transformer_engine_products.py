@@ -19,6 +19,7 @@ from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import (  #
 )
 
 from nanotrain.ops.fp8 import BLOCK, Quantized
+from nanotrain.ops.gpu.fp8_tiles_triton import squared_relu_quantised
 
 _E4M3, _E5M2 = tex.DType.kFloat8E4M3, tex.DType.kFloat8E5M2
 
@@ -29,6 +30,7 @@ class BlockwiseProducts:
     row_multiple = BLOCK
 
     def __init__(self) -> None:
+        self.squared_relu_quantised = squared_relu_quantised
         self._quantizers = {
             (dimensions, columns): _internal(
                 Float8BlockQuantizer(_E4M3, rowwise=True, columnwise=columns, block_scaling_dim=dimensions)
@@ -75,6 +77,7 @@ class CurrentScalingProducts:
     """One scale per tensor, from its own largest magnitude; E4M3, gradients E5M2 (recipe Float8CurrentScaling)."""
 
     row_multiple = 16
+    squared_relu_quantised = None
 
     def __init__(self) -> None:
         device = torch.device("cuda", torch.cuda.current_device())

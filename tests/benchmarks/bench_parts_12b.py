@@ -1,0 +1,190 @@
+"""Parts of a 12B layer alone, form against form, each form checked first: FP8 products, quantisers, the Mamba-2 core.
+
+    python -m tests.benchmarks.bench_parts_12b OUT.jsonl [--tokens 8192] [--chunks 128 256] [--skip PART ...]
+
+Parts: gemm, quantiser, mlp, core. Milliseconds are medians of interleaved rounds on random data, weights quantised once.
+"""
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanotrain.config.engine import Fp8Gemm, Precision
+from nanotrain.ops import backends
+from nanotrain.ops.backends import choose_kernels, load_fp8_products
+from nanotrain.ops.fp8 import Quantized
+from nanotrain.ops.linear import WeightCopy
+from nanotrain.ops.squared_relu_mlp import squared_relu_mlp, squared_relu_mlp_ref
+from tests.benchmarks.bench_one_gpu import REDUCED, our_core
+from tests.benchmarks.measure import interleaved, write
+
+DEVICE = torch.device("cuda", 0)
+SHAPES = {
+    "in_proj": (22656, 5120),
+    "out_proj": (5120, 10240),
+    "up": (20480, 5120),
+    "down": (5120, 20480),
+    "q": (5120, 5120),
+}
+"""[N, K] of the layers' weights."""
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """Return ||a - b|| / ||b||."""
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+def compare_products(tokens: int, out: Path) -> None:
+    """DeepGEMM beside Transformer Engine: the same quantised operands, outputs and input gradients."""
+    for name, (n, k) in SHAPES.items():
+        write(out, {"part": "gemm", "shape": name, **_products_of(tokens, n, k)})
+
+
+def _products_of(tokens: int, n: int, k: int) -> dict[str, object]:
+    te, other = (load_fp8_products(Precision.fp8_blockwise, DEVICE, gemm) for gemm in (Fp8Gemm.te, Fp8Gemm.deep_gemm))
+    kind = torch.bfloat16
+    x, grad = (torch.randn(tokens, width, device=DEVICE, dtype=kind) for width in (k, n))
+    weight = torch.randn(n, k, device=DEVICE, dtype=kind) / k**0.5
+    qx, qw, qg = te.quantize_activation(x, columns=True), te.quantize_weight(weight), te.quantize_gradient(grad)
+    first = time.perf_counter()
+    mine = other.output(qx, qw, kind), other.input_gradient(qg, qw, kind)
+    torch.cuda.synchronize()
+    first = time.perf_counter() - first
+    theirs = te.output(qx, qw, kind), te.input_gradient(qg, qw, kind)
+    exact = x[:512].double() @ weight.double().T, grad[:512].double() @ weight.double()
+    times = interleaved(
+        {
+            "te output": lambda: te.output(qx, qw, kind),
+            "deep_gemm output": lambda: other.output(qx, qw, kind),
+            "te input gradient": lambda: te.input_gradient(qg, qw, kind),
+            "deep_gemm input gradient": lambda: other.input_gradient(qg, qw, kind),
+            "te weight gradient": lambda: te.weight_gradient(qg, qx, kind),
+        },
+        9,
+    )
+    return {
+        "first_s": first,
+        "apart": [difference(a, b) for a, b in zip(mine, theirs, strict=True)],
+        "error_te": [difference(a[:512], e) for a, e in zip(theirs, exact, strict=True)],
+        "error_deep_gemm": [difference(a[:512], e) for a, e in zip(mine, exact, strict=True)],
+        **{form: t["median_ms"] for form, t in times.items()},
+    }
+
+
+def compare_quantisers(tokens: int, out: Path) -> None:
+    """Our tiles beside Transformer Engine's: plain, of squared ReLU, of its gradient."""
+    from nanotrain.ops.gpu.fp8_tiles_triton import PLAIN, quantise_tiles
+    from nanotrain.ops.gpu.squared_relu_triton import squared_relu
+
+    te = load_fp8_products(Precision.fp8_blockwise, DEVICE)
+    x, grad = (torch.randn(tokens, 20480, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    narrow = torch.randn(tokens, 5120, device=DEVICE, dtype=torch.bfloat16)
+    same = [_same(quantise_tiles(t, kind=PLAIN), te.quantize_activation(t, columns=True)) for t in (x, narrow)]
+    leaf = x.clone().requires_grad_()
+
+    def unfused_gradient() -> Quantized:
+        y = squared_relu(leaf)
+        return te.quantize_gradient(torch.autograd.grad(y, leaf, grad)[0])
+
+    forms = {
+        "te plain 20480": lambda: te.quantize_activation(x, columns=True),
+        "te plain 5120": lambda: te.quantize_activation(narrow, columns=True),
+        "te squared": lambda: te.quantize_activation(squared_relu(x), columns=True),
+        "te squared forward and gradient": unfused_gradient,
+        "triton squared_relu": lambda: squared_relu(x),
+    }
+    for width, warps in ((16, 4), (32, 4), (32, 8), (64, 4), (64, 8), (128, 8)):
+        key = {"slice_width": width, "warps": warps}
+        forms[f"ours plain 20480 {width} {warps}"] = lambda key=key: quantise_tiles(x, kind=PLAIN, **key)
+        forms[f"ours plain 5120 {width} {warps}"] = lambda key=key: quantise_tiles(narrow, kind=PLAIN, **key)
+        forms[f"ours squared {width} {warps}"] = lambda key=key: quantise_tiles(x, **key)
+        forms[f"ours gradient {width} {warps}"] = lambda key=key: quantise_tiles(x, grad, **key)
+    times = interleaved(forms, 9)
+    write(out, {"part": "quantiser", "same_bits": same, **{form: t["median_ms"] for form, t in times.items()}})
+
+
+def _same(a: Quantized, b: Quantized) -> bool:
+    names = ("rows", "row_scales", "columns", "column_scales")
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in names)
+
+
+def compare_mlps(tokens: int, out: Path) -> None:
+    """An MLP layer with squared ReLU quantised in its own pass, or as three ops."""
+    choose_kernels({"squared_relu": "triton"}, DEVICE)
+    products = load_fp8_products(Precision.fp8_blockwise, DEVICE)
+    copies = [WeightCopy(products) for _ in range(2)]
+    x = torch.randn(tokens, 5120, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+    up, down = (
+        (torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16) / k**0.5).requires_grad_()
+        for n, k in (SHAPES["up"], SHAPES["down"])
+    )
+    grad = torch.randn(tokens, 5120, device=DEVICE, dtype=torch.bfloat16)
+
+    def step(form):
+        y = form(x, up, down, *copies)
+        return (y, *torch.autograd.grad(y, (x, up, down), grad))
+
+    apart = [difference(a, b) for a, b in zip(step(squared_relu_mlp), step(squared_relu_mlp_ref), strict=True)]
+    times = interleaved({"fused": lambda: step(squared_relu_mlp), "apart": lambda: step(squared_relu_mlp_ref)}, 9)
+    write(out, {"part": "mlp", "difference": apart, **times})
+
+
+def compare_cores(tokens: int, chunks: list[int], out: Path) -> None:
+    """Conv, scan, gate and norm as one op or each by its own kernel, by chunk size; forward and backward."""
+    shape = (1, tokens, REDUCED.in_proj_size)
+    zxBCdt = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+    grad = torch.randn(1, tokens, REDUCED.mamba_inner_size, device=DEVICE, dtype=torch.bfloat16)
+    forms, first, results = {}, {}, {}
+    for chunk in chunks:
+        for name, kernels in (("apart", {"mamba_core": "torch"}), ("fused", {})):
+            core = our_core(replace(REDUCED, chunk_size=chunk), kernels, DEVICE)
+
+            def step(core=core):
+                zxBCdt.grad = None
+                y = core(zxBCdt)
+                y.backward(grad)
+                return y.detach(), zxBCdt.grad
+
+            start = time.perf_counter()
+            results[f"{name} {chunk}"] = [t.clone() for t in step()]
+            torch.cuda.synchronize()
+            first[f"{name} {chunk}"] = time.perf_counter() - start
+            forms[f"{name} {chunk}"] = step
+    reference = results[f"apart {chunks[0]}"]
+    apart = {name: [difference(a, b) for a, b in zip(got, reference, strict=True)] for name, got in results.items()}
+    times = interleaved(forms, 9)
+    write(out, {"part": "core", "first_s": first, "difference": apart, **times})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--chunks", type=int, nargs="*", default=[128, 256])
+    parser.add_argument("--skip", nargs="*", default=[])
+    options = parser.parse_args()
+    torch.manual_seed(1)
+    parts = {
+        "quantiser": lambda: compare_quantisers(options.tokens, options.out),
+        "gemm": lambda: compare_products(options.tokens, options.out),
+        "mlp": lambda: compare_mlps(options.tokens, options.out),
+        "core": lambda: compare_cores(options.tokens, options.chunks, options.out),
+    }
+    for name, part in parts.items():
+        if name in options.skip:
+            continue
+        backends._chosen.clear()
+        start = time.perf_counter()
+        try:
+            part()
+        except Exception as error:  # a form that fails must not lose the others' numbers
+            write(options.out, {"part": name, "failed": f"{type(error).__name__}: {error}"[:600]})
+        print(f"-- {name}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
