@@ -19,6 +19,7 @@ from nanotrain.engines.optimizer_in_backward import OptimizerInBackward
 from nanotrain.engines.out_of_memory import OutOfMemoryAdvice
 from nanotrain.engines.parameters import global_norm, parameter_dtype, place_model, weight_copies_of
 from nanotrain.engines.precision import apply_precision
+from nanotrain.engines.rehearsal import rehearse
 from nanotrain.engines.root import TrainingRoot
 from nanotrain.engines.torch_device import prepare_device
 from nanotrain.losses.base import LossFn, LossOutput
@@ -48,6 +49,7 @@ class TorchEngine(Engine):
         self._advice = OutOfMemoryAdvice(config, model.config, training, self.device)
         self._optimizer: torch.optim.AdamW | LowPrecisionAdamW | None = None
         self._in_backward: OptimizerInBackward | None = None
+        self._rehearsed = False
         with self._advice:
             self._model = place_model(model, self.device, parameter_dtype(training, self._autocast_dtype))
             self._root = TrainingRoot(self._model)
@@ -74,6 +76,10 @@ class TorchEngine(Engine):
             group["lr"] = learning_rate
         sums = _Sums()
         with self._advice:
+            if not self._rehearsed:
+                rehearse(self._model, microbatches[0].to(self.device), loss_fn, self._optimizer, self._autocast)
+                self._drop_weight_copies()
+                self._rehearsed = True
             for batch in microbatches:
                 with self._autocast():
                     output = self._root(batch.to(self.device), loss_fn)
@@ -81,18 +87,19 @@ class TorchEngine(Engine):
                     self._in_backward.begin(output.loss_sum)
                 (output.loss_sum / max(num_tokens, 1)).backward()
                 sums.add(output)
-            loss = sums.loss_sum / max(num_tokens, 1)
             if self._in_backward is not None:
                 grad_norm, skipped = self._in_backward.finish()
+                loss = sums.loss_sum / max(num_tokens, 1)
             else:
-                grad_norm, skipped = self._update(loss)
+                norm = global_norm([p.grad for p in self._model.parameters() if p.grad is not None])
+                loss = sums.loss_sum / max(num_tokens, 1)  # the one wait for the device
+                grad_norm, skipped = self._update(loss, norm)
         self._drop_weight_copies()
         return StepResult(loss, grad_norm, num_tokens, skipped, sums.metrics())
 
-    def _update(self, loss: float) -> tuple[float, bool]:
-        """Clip and update from the gradients of all weights; return their norm and whether the step was skipped."""
+    def _update(self, loss: float, norm: Tensor) -> tuple[float, bool]:
+        """Clip to gradients of `norm` [] and update; return the norm and whether the step was skipped."""
         assert self._optimizer is not None
-        norm = global_norm([p.grad for p in self._model.parameters() if p.grad is not None])
         grad_norm = float(norm)
         skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
         if not skipped:
