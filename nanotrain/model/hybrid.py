@@ -35,7 +35,8 @@ class Block(nn.Module):
         num_valid: Tensor | None = None,
     ) -> Tensor:
         """Map [B, S, D] to [B, S, D]."""
-        return x + self.mixer(self.norm(x), segment_ids, cache, num_valid)
+        normed, x = self.norm.branch(x)
+        return x + self.mixer(normed, segment_ids, cache, num_valid)
 
 
 class Backbone(nn.Module):

@@ -5,6 +5,7 @@ runs on the CPU, in fp64, and wherever nothing was chosen.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -189,6 +190,15 @@ def kernel_for(op: str, *tensors: Tensor) -> Callable[..., Any] | None:
     if kernel is None or any(not t.is_cuda or t.dtype == torch.float64 for t in tensors):
         return None
     return kernel
+
+
+def compiling_only() -> AbstractContextManager[None]:
+    """Return a context in which Triton kernels are compiled, all cores at once, and not run; nothing without Triton."""
+    if find_spec("triton") is None:
+        return nullcontext()
+    from nanotrain.ops.gpu import compile_ahead
+
+    return compile_ahead.compiling_only()
 
 
 def choose_kernels(wanted: Mapping[str, str], device: torch.device) -> dict[str, str]:

@@ -28,6 +28,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
+def branch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return `rms_norm` of x and x itself, for a branch around what the norm feeds.
+
+    A kernel then adds the gradients of both in one pass.
+    """
+    kernel = kernel_for("rms_norm", x)
+    if kernel is not None and torch.is_grad_enabled():
+        return kernel(x, weight, eps, branch=True)
+    return rms_norm(x, weight, eps), x
+
+
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Slow twin of `rms_norm`: fp64, one vector at a time."""
     rows = [row / (row @ row / row.numel() + eps).sqrt() for row in x.double().reshape(-1, x.shape[-1])]

@@ -19,8 +19,10 @@ def fuses_squared_relu(x: Tensor, up_copy: WeightCopy | None, down_copy: WeightC
     return up_copy.products.squared_relu_quantised is not None and kernel_for("squared_relu", x) is not None
 
 
-def squared_relu_mlp(x: Tensor, up: Tensor, down: Tensor, up_copy: WeightCopy, down_copy: WeightCopy) -> Tensor:
-    """Return relu(x @ up.T)^2 @ down.T.
+def squared_relu_mlp(
+    x: Tensor, up: Tensor, down: Tensor, up_copy: WeightCopy | None, down_copy: WeightCopy | None
+) -> Tensor:
+    """Return relu(x @ up.T)^2 @ down.T, where `fuses_squared_relu` holds.
 
     Args:
         x: [..., D].
@@ -32,10 +34,13 @@ def squared_relu_mlp(x: Tensor, up: Tensor, down: Tensor, up_copy: WeightCopy, d
     Returns:
         [..., D]; dtypes as in `linear`.
     """
+    assert up_copy is not None and down_copy is not None
     return _QuantizedMLP.apply(x, up, down, up_copy, down_copy)
 
 
-def squared_relu_mlp_ref(x: Tensor, up: Tensor, down: Tensor, up_copy: WeightCopy, down_copy: WeightCopy) -> Tensor:
+def squared_relu_mlp_ref(
+    x: Tensor, up: Tensor, down: Tensor, up_copy: WeightCopy | None, down_copy: WeightCopy | None
+) -> Tensor:
     """Slow twin of `squared_relu_mlp`: the three ops one after the other."""
     return linear(squared_relu(linear(x, up, up_copy)), down, down_copy)
 

@@ -30,6 +30,7 @@ from nanotrain.model.batch import MicroBatch
 from nanotrain.model.hybrid import HybridModel
 from nanotrain.model.mixers import MambaMixer
 from nanotrain.ops.backends import choose_kernels
+from nanotrain.ops.linear import WeightCopy
 from nanotrain.planning.flops import training_flops_per_token
 
 FULL = ModelConfig(
@@ -96,36 +97,33 @@ def our_model(config: ModelConfig, device: torch.device) -> HybridModel:
     return model.train()
 
 
-def our_step(
-    model: HybridModel,
-    precision: str,
-    bf16_layers: int,
-    batch: MicroBatch,
-    device: torch.device,
-    kernels: KernelsConfig,
-) -> Callable[[Callable[[], None]], None]:
-    """Return a forward and backward on one batch; it calls its argument between the two."""
-    config = EngineConfig(
-        precision=Precision(precision),
-        fp8_bf16_first_layers=bf16_layers,
-        fp8_bf16_last_layers=bf16_layers,
-        kernels=kernels,
-    )
-    choose_kernels(kernels.choices(), device)
-    copies = apply_precision(model, config, device, torch.bfloat16)
-    root, loss_fn, tokens = TrainingRoot(model), CrossEntropy(), batch.labels.numel()
+class OurStep:
+    """A forward and backward on one batch with its own kernels; several share a model. It calls its argument between the two."""
 
-    def step(between: Callable[[], None]) -> None:
-        for parameter in model.parameters():
-            parameter.grad = None
-        for copy in copies:
+    def __init__(self, model: HybridModel, config: EngineConfig, batch: MicroBatch, device: torch.device) -> None:
+        self._model, self._config, self._batch, self._device = model, config, batch, device
+        self._root, self._loss = TrainingRoot(model), CrossEntropy()
+        self._copies: list[WeightCopy] = []
+
+    def prepare(self) -> None:
+        """Put this form's kernels and precision onto the model, outside the timed part."""
+        choose_kernels(self._config.kernels.choices(), self._device)
+        self._copies = apply_precision(self._model, self._config, self._device, torch.bfloat16)
+
+    def release(self) -> None:
+        """Free the quantised weights, so that the next form finds the memory that it had without this one."""
+        for copy in self._copies:
             copy.drop()
-        with torch.autocast(device.type, torch.bfloat16):
-            output = root(batch, loss_fn)
-        between()
-        (output.loss_sum / tokens).backward()
 
-    return step
+    def __call__(self, between: Callable[[], None]) -> None:
+        for parameter in self._model.parameters():
+            parameter.grad = None
+        for copy in self._copies:
+            copy.drop()
+        with torch.autocast(self._device.type, torch.bfloat16):
+            output = self._root(self._batch, self._loss)
+        between()
+        (output.loss_sum / self._batch.labels.numel()).backward()
 
 
 def chosen_kernels(choices: list[str]) -> KernelsConfig:
@@ -196,41 +194,31 @@ def free() -> None:
 
 
 def compare_models(part: str, config: ModelConfig, precision: str, options: argparse.Namespace, report: Report) -> None:
-    """Time both models' steps in rotating order; the gradients of one are freed before the other runs."""
+    """Time all forms' steps in rotating order; the gradients of one are freed before the next runs."""
     device, length = options.device, options.length
     ids = torch.randint(0, config.vocab_size, (1, length + 1), device=device)
     batch = MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
     bf16_layers = options.bf16_layers if config.num_hidden_layers > 2 * options.bf16_layers else 0
-    models: dict[str, nn.Module] = {}
+    models: dict[str, nn.Module] = {"nanotrain": our_model(config, device)}
     if device.type == "cuda" and not options.alone:
         models["peer"] = options.peer.build(config, precision, bf16_layers, length)
-    models["nanotrain"] = our_model(config, device)
     shared = Shared(device)
-    steps = {}
-    for name, model in sorted(models.items(), key=lambda item: -sum(p.numel() for p in item[1].parameters())):
+    for model in sorted(models.values(), key=lambda model: -sum(p.numel() for p in model.parameters())):
         if device.type == "cuda":
             shared.give(model)
             free()
-        if name == "peer":
-            steps[name] = options.peer.step_of(model, batch.input_ids, batch.labels)
-        else:
-            kernels = chosen_kernels(options.kernels)
-            steps[name] = our_step(model, precision, bf16_layers, batch, device, kernels)
-    clocks, first, peak = {name: Clock(device) for name in steps}, {}, {}
-    order = list(steps)
-    for round_ in range(options.warmup + options.rounds):
-        order = [*order[1:], order[0]]
-        for name in order:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            clocks[name].run(steps[name])
-            first.setdefault(name, time.perf_counter() - start)
-            peak[name] = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-            if round_ < options.warmup:
-                clocks[name].times.clear()
-            for parameter in models[name].parameters():
-                parameter.grad = None
+    steps: dict[str, Callable[[Callable[[], None]], None]] = {}
+    if "peer" in models:
+        steps["peer"] = options.peer.step_of(models["peer"], batch.input_ids, batch.labels)
+    for choices in options.kernels:
+        form = EngineConfig(
+            precision=Precision(precision), kernels=chosen_kernels(choices.split(",") if choices else [])
+        )
+        form.fp8_bf16_first_layers = form.fp8_bf16_last_layers = bf16_layers
+        if choices and "fp8" in choices and precision != "fp8_blockwise":
+            continue
+        steps[f"nanotrain {choices}".strip()] = OurStep(models["nanotrain"], form, batch, device)
+    clocks, first, peak = time_steps(steps, models, options)
     flops = training_flops_per_token(config, length) * length
     for name, clock in clocks.items():
         summary = clock.summary()
@@ -243,8 +231,40 @@ def compare_models(part: str, config: ModelConfig, precision: str, options: argp
             peak_gib=peak[name], first_step_s=first[name], peer_over_this=statistics.median(ratios),
             ratio_min=min(ratios), ratio_max=max(ratios),
         )  # fmt: skip
+    for name, step in steps.items():
         if options.profile and device.type == "cuda":
-            profile(steps[name], options.profile / f"{part.replace(':', '_')}_{name}.txt")
+            if isinstance(step, OurStep):
+                step.prepare()
+            profile(step, options.profile / f"{part.replace(':', '_')}_{name.replace(' ', '_').replace('=', '_')}.txt")
+
+
+def time_steps(
+    steps: dict[str, Callable[[Callable[[], None]], None]], models: dict[str, nn.Module], options: argparse.Namespace
+) -> tuple[dict[str, Clock], dict[str, float], dict[str, float]]:
+    """Return the clocks, the seconds of the first call and the peak GiB of each step."""
+    device = options.device
+    clocks, first, peak = {name: Clock(device) for name in steps}, {}, {}
+    order = list(steps)
+    for round_ in range(options.warmup + options.rounds):
+        order = [*order[1:], order[0]]
+        for name in order:
+            step = steps[name]
+            if isinstance(step, OurStep):
+                step.prepare()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            clocks[name].run(step)
+            first.setdefault(name, time.perf_counter() - start)
+            peak[name] = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+            if round_ < options.warmup:
+                clocks[name].times.clear()
+            for model in models.values():
+                for parameter in model.parameters():
+                    parameter.grad = None
+            if isinstance(step, OurStep):
+                step.release()
+    return clocks, first, peak
 
 
 def profile(step: Callable[[Callable[[], None]], None], path: Path) -> None:
@@ -326,7 +346,12 @@ def main() -> None:
     parser.add_argument("--bf16-layers", type=int, default=0, help="layers at each end that FP8 leaves in bf16")
     parser.add_argument("--chunks", type=int, nargs="*", default=[128])
     parser.add_argument("--cores", nargs="*", default=["auto"], help="values of engine.kernels.mamba_core")
-    parser.add_argument("--kernels", nargs="*", default=[], help="our model's, as mamba_core=torch fp8_gemm=deep_gemm")
+    parser.add_argument(
+        "--kernels",
+        nargs="*",
+        default=[""],
+        help="our forms, as fp8_gemm=deep_gemm,mamba_core=torch; '' = the defaults",
+    )
     parser.add_argument("--alone", action="store_true", help="without the peer")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()

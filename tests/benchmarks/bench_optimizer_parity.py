@@ -57,14 +57,14 @@ class ShadowEngine(TorchEngine):
         for name, parameter in self._model.named_parameters():
             parameter.copy_(self.shadow[name])
 
-    def _update(self, loss: float) -> tuple[float, bool]:
+    def _update(self, loss: float, norm: torch.Tensor) -> tuple[float, bool]:
         if self.shadow is None:
-            return super()._update(loss)
+            return super()._update(loss, norm)
         for name, parameter in self._model.named_parameters():
             self.shadow[name].grad = parameter.grad.to(self.shadow[name].dtype)
             parameter.grad = None
         model, self._model = self._model, torch.nn.ParameterList(self.shadow.values())
-        result = super()._update(loss)
+        result = super()._update(loss, norm)
         self._model = model
         self._copy()
         return result

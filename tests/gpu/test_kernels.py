@@ -13,6 +13,7 @@ from nanotrain.ops.causal_conv1d import causal_conv1d, causal_conv1d_ref
 from nanotrain.ops.mamba_core import mamba_core, mamba_core_ref
 from nanotrain.ops.mamba_layout import MambaParameters, MambaSizes
 from nanotrain.ops.rms_norm import (
+    branch_rms_norm,
     grouped_gated_rms_norm,
     grouped_gated_rms_norm_ref,
     rms_norm,
@@ -135,6 +136,20 @@ def test_rms_norm(use, name, width, dtype):
         on_gpu(lambda x, w: rms_norm(x, w, 1e-5)),
         lambda x, w: rms_norm_ref(x, w, 1e-5),
         [randn(2, 301, width), randn(width)],
+        dtype,
+    )
+    assert error < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", kernels_of("rms_norm"))
+def test_branch_rms_norm(use, name, dtype):
+    use("rms_norm", name)
+    randn = draws(3)
+    error = worst_error(
+        on_gpu(lambda x, w: branch_rms_norm(x, w, 1e-5)),
+        lambda x, w: (rms_norm_ref(x, w, 1e-5), x),
+        [randn(2, 301, 5120), randn(5120)],
         dtype,
     )
     assert error < TOLERANCE[dtype]

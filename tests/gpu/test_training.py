@@ -1,6 +1,7 @@
 """The whole engine on a GPU: fast kernels and every precision against plain torch in fp32."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ import torch
 from nanotrain.config.engine import Device, EngineConfig, KernelsConfig, Precision
 from nanotrain.config.errors import UserError
 from nanotrain.config.model import ModelConfig
-from nanotrain.config.training import TrainingConfig
+from nanotrain.config.training import OptimizerConfig, ParameterDtype, StateDtype, TrainingConfig
 from nanotrain.engines import build_engine
+from nanotrain.engines.rehearsal import rehearse
 from nanotrain.losses.language_modeling import CrossEntropy
 from nanotrain.model.hybrid import HybridModel
 from tests.conftest import random_batch
@@ -87,3 +89,26 @@ def test_a_training_step_in_bf16_parameters(initial):
         model = copy.deepcopy(initial).to(torch.bfloat16)
         _, got, _ = losses(model, precision, steps=2)
         assert got[0] == pytest.approx(6.24, abs=1.0)
+
+
+def test_a_rehearsal_compiles_the_step_and_changes_nothing(initial):
+    """After it, the first step meets no kernel of Triton's that is not compiled yet."""
+    triton = pytest.importorskip("triton")
+    config = EngineConfig(device=Device.cuda, precision=Precision.bf16)
+    low = OptimizerConfig(state_dtype=StateDtype.int8, parameter_dtype=ParameterDtype.bf16)
+    engine = build_engine(config, copy.deepcopy(initial), replace(TRAINING, optimizer=low))
+    batch = random_batch(2, 0, 256, 512)
+    before = copy.deepcopy((engine._model.state_dict(), engine._optimizer.state_dict()))
+    compiled = []
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.listener = lambda **compilation: compiled.append(compilation["src"].name)
+        rehearse(engine._model, batch.to(engine.device), CrossEntropy(), engine._optimizer, engine._autocast)
+        first = len(compiled)
+        after = (engine._model.state_dict(), engine._optimizer.state_dict())
+        for mine, theirs in zip(
+            torch.utils._pytree.tree_leaves(before), torch.utils._pytree.tree_leaves(after), strict=True
+        ):
+            assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
+        engine._rehearsed = True
+        assert not engine.train_step([batch], CrossEntropy(), 1e-3).skipped
+    assert first > 5 and compiled[first:] == []

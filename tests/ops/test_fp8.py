@@ -12,6 +12,7 @@ from nanotrain.config.errors import UserError
 from nanotrain.config.model import ModelConfig
 from nanotrain.engines.precision import apply_precision
 from nanotrain.model.hybrid import HybridModel
+from nanotrain.ops import squared_relu_mlp as squared_relu_mlp_module
 from nanotrain.ops.fp8 import (
     EmulatedProducts,
     dequantize_ref,
@@ -20,6 +21,8 @@ from nanotrain.ops.fp8 import (
     quantize_tiles_ref,
 )
 from nanotrain.ops.linear import RoundedProducts, WeightCopy, linear, linear_ref
+from nanotrain.ops.squared_relu import squared_relu_ref
+from nanotrain.ops.squared_relu_mlp import fuses_squared_relu, squared_relu_mlp, squared_relu_mlp_ref
 
 
 def e4m3_numbers() -> list[float]:
@@ -122,6 +125,31 @@ def test_linear_near_fp64(products, tolerance, tokens):
     expected = [xd @ wd.t(), *torch.autograd.grad(xd @ wd.t(), (xd, wd), grad.double())]
     for ours, exact in zip(got, expected, strict=True):
         assert float(((ours.double() - exact).norm() / exact.norm()).detach()) < tolerance
+
+
+@pytest.mark.parametrize("form", [squared_relu_mlp, squared_relu_mlp_ref])
+def test_mlp_near_fp64(form):
+    generator = torch.Generator().manual_seed(8)
+    x = torch.randn(2, 70, 128, generator=generator).requires_grad_()
+    up, down = ((torch.randn(*shape, generator=generator) / 16).requires_grad_() for shape in ((256, 128), (128, 256)))
+    grad = torch.randn(2, 70, 128, generator=generator)
+    products = EmulatedProducts(fused=True)
+    y = form(x, up, down, WeightCopy(products), WeightCopy(products))
+    got = [y, *torch.autograd.grad(y, (x, up, down), grad.bfloat16())]
+    wide = [t.detach().double().requires_grad_() for t in (x, up, down)]
+    exact = squared_relu_ref(wide[0] @ wide[1].t()) @ wide[2].t()
+    expected = [exact, *torch.autograd.grad(exact, wide, grad.double())]
+    for ours, theirs in zip(got, expected, strict=True):
+        assert float(((ours.double() - theirs).norm() / theirs.norm()).detach()) < 8e-2
+
+
+def test_only_copies_of_one_library_that_quantises_squared_relu_fuse(monkeypatch):
+    x = torch.zeros(1)
+    fused, plain = EmulatedProducts(fused=True), EmulatedProducts()
+    pairs = [(WeightCopy(a), WeightCopy(b)) for a, b in ((fused, fused), (plain, plain), (fused, plain))]
+    assert not any(fuses_squared_relu(x, *pair) for pair in pairs)  # no kernel was chosen
+    monkeypatch.setattr(squared_relu_mlp_module, "kernel_for", lambda op, *tensors: len)
+    assert [fuses_squared_relu(x, *pair) for pair in [*pairs, (None, None)]] == [True, False, False, False]
 
 
 def test_linear_without_a_copy_is_exact():

@@ -40,11 +40,54 @@ def gated(function):
 pairs = [
     (gated(grouped_gated_rms_norm), gated(grouped_gated_rms_norm_ref), [randn(2, 3, 40), randn(2, 3, 48), randn(40)]),
     (lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: rms_norm_ref(x, w, 1e-5), [randn(2, 3, 40), randn(40)]),
+    (lambda x, w: rms_norm(x, w, 1e-5, branch=True), lambda x, w: (rms_norm_ref(x, w, 1e-5), x), [randn(2, 3, 40), randn(40)]),
     (squared_relu, squared_relu_ref, [randn(3, 5, 7)]),
 ]
 for fast, slow, inputs in pairs:
     error = worst_error(fast, slow, inputs, torch.float32)
     assert error < 2e-6, error
+""",
+    "pairs": """
+from nanotrain.ops.gpu import ssd_pairs_triton
+from nanotrain.ops.segments import segment_indices
+from tests.ops.comparison import random_segments, relative_error
+ssd_pairs_triton._TILE = 16
+batch, length, groups, heads, width, chunk, chunks = 2, 75, 2, 6, 24, 32, 3
+x, grad = randn(batch, length, heads, width), randn(batch, length, heads, width)
+dt, rates = torch.rand(batch, heads, chunks * chunk, generator=generator), -torch.rand(heads, 1, generator=generator)
+dt[..., length:] = 0.0
+decay = (dt * rates).unflatten(-1, (chunks, chunk)).cumsum(-1)
+dt = dt.unflatten(-1, (chunks, chunk))
+for ids in (None, random_segments(batch, length, 9, generator)):
+    index = torch.zeros(batch, length, dtype=torch.int32) if ids is None else segment_indices(ids)
+    scores = torch.zeros(batch, chunks, groups, chunk, chunk)
+    want_scores = torch.zeros_like(scores, dtype=torch.float64)
+    want_decay = torch.zeros(batch, heads, chunks, chunk, dtype=torch.float64)
+    for b in range(batch):
+        for t in range(length):
+            for s in range(t - t % chunk, t + 1):
+                if index[b, t] != index[b, s]:
+                    continue
+                c, i, j = t // chunk, t % chunk, s % chunk
+                scores[b, c, :, i, j] = randn(groups)
+                pair = (grad[b, t].double() * x[b, s]).sum(-1) * dt[b, :, c, j] * (decay[b, :, c, i] - decay[b, :, c, j]).double().exp()
+                want_scores[b, c, :, i, j] = pair.view(groups, -1).sum(-1)
+                weighted = pair * scores[b, c, :, i, j].repeat_interleave(heads // groups)
+                want_decay[b, :, c, i] += weighted * (t > s)
+                want_decay[b, :, c, j] -= weighted * (t > s)
+    got = ssd_pairs_triton.pair_gradients(x, grad, dt, decay, scores, None if ids is None else index)
+    assert relative_error(got[0], want_scores) < 1e-5 and relative_error(got[1], want_decay) < 1e-5
+""",
+    "fp8": """
+from nanotrain.ops.fp8 import quantize_tiles_ref, squared_relu_quantised_ref
+from nanotrain.ops.gpu.fp8_tiles_triton import PLAIN, quantise_tiles, squared_relu_quantised
+x, grad = randn(128, 256) * torch.exp(2 * randn(128, 1)), randn(128, 256)
+x[3] = 0.0
+pairs = [(squared_relu_quantised(x, other), squared_relu_quantised_ref(x, other)) for other in (None, grad)]
+for fast, slow in [*pairs, (quantise_tiles(x, kind=PLAIN), quantize_tiles_ref(x))]:
+    assert torch.equal(fast.row_scales, slow.row_scales) and torch.equal(fast.column_scales, slow.column_scales)
+    for name in ("rows", "columns"):  # the interpreter drops the carry where rounding leads to the next exponent
+        assert (getattr(fast, name) != getattr(slow, name)).float().mean() < 0.05, name
 """,
     "losses": """
 from nanotrain.ops.gpu.softmax_losses_triton import cross_entropy_chunk, kl_divergence_chunk

@@ -31,8 +31,10 @@ def _product(tiles: Quantized, blocks: Tensor, block_scales: Tensor) -> Tensor:
     """Return tiles [M, K] @ blocks [N, K].T in bf16."""
     assert tiles.rows is not None and tiles.row_scales is not None
     out = torch.empty(tiles.rows.shape[0], blocks.shape[0], dtype=torch.bfloat16, device=blocks.device)
-    # Scales of tiles already lie by columns, as the kernel loads them; those of blocks lose their padding.
-    scales = block_scales[: blocks.shape[0] // BLOCK, : blocks.shape[1] // BLOCK].contiguous()
+    # Scales of tiles already lie by columns, as the kernel loads them; those of blocks lose their padding. A single row
+    # counts as contiguous whatever its stride, which DeepGEMM reads all the same.
+    shape = (blocks.shape[0] // BLOCK, blocks.shape[1] // BLOCK)
+    scales = block_scales[: shape[0], : shape[1]].contiguous().as_strided(shape, (shape[1], 1))
     deep_gemm.fp8_gemm_nt(
         (tiles.rows.view(torch.float8_e4m3fn), tiles.row_scales.t()),
         (blocks.view(torch.float8_e4m3fn), scales),

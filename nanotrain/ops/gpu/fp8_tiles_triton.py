@@ -60,7 +60,7 @@ def _quantise(
 
 
 def quantise_tiles(
-    x: Tensor, grad: Tensor | None = None, *, kind: int = SQUARED_RELU, slice_width: int = 32, warps: int = 4
+    x: Tensor, grad: Tensor | None = None, *, kind: int = SQUARED_RELU, slice_width: int = 64, warps: int = 4
 ) -> Quantized:
     """Return x, relu(x)^2, or with `grad` its gradient 2 relu(x) grad, in FP8 tiles in both directions.
 

@@ -1,4 +1,7 @@
-"""RMSNorm in one pass over memory each way; the weight's gradient is summed per program in fp32, then over programs."""
+"""RMSNorm in one pass over memory each way, the gradient of the branch beside it included.
+
+The weight's gradient is summed per program in fp32, then over programs.
+"""
 
 from typing import Any
 
@@ -23,8 +26,9 @@ def _forward(x_ptr, weight_ptr, y_ptr, scale_ptr, width, eps, BLOCK: tl.constexp
 
 @triton.jit
 def _backward(
-    x_ptr, weight_ptr, scale_ptr, grad_ptr, out_ptr, partial_ptr, rows, width, rows_per_program, BLOCK: tl.constexpr
-):
+    x_ptr, weight_ptr, scale_ptr, grad_ptr, residual_ptr, out_ptr, partial_ptr, rows, width, rows_per_program,
+    RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -40,19 +44,46 @@ def _backward(
         grad_weight += grad * normed
         grad *= weight
         mean = tl.sum(grad * normed, axis=0) / width
-        tl.store(out_ptr + at, (grad - normed * mean) * scale, mask=inside)
+        out = (grad - normed * mean) * scale
+        if RESIDUAL:
+            out += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out_ptr + at, out, mask=inside)
     tl.store(partial_ptr + program * width + columns, grad_weight, mask=inside)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the normed x, x as rows, and their scales."""
+    flat = x.contiguous().view(-1, x.shape[-1])
+    rows, width = flat.shape
+    y = torch.empty(x.shape, dtype=_output_dtype(x, weight), device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(width)
+    _forward[(rows,)](flat, weight, y, scale, width, eps, BLOCK=block, num_warps=_warps(block))
+    return y, flat, scale
+
+
+def _gradients(
+    grad: Tensor, flat: Tensor, weight: Tensor, scale: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x, plus `residual` in the same pass, and of the weight."""
+    rows, width = flat.shape
+    grad = grad.contiguous()
+    out = torch.empty_like(flat)
+    processors = torch.cuda.get_device_properties(flat.device).multi_processor_count if flat.is_cuda else 2
+    programs = min(rows, 2 * processors)
+    partial = torch.empty(programs, width, dtype=torch.float32, device=flat.device)
+    block = triton.next_power_of_2(width)
+    _backward[(programs,)](
+        flat, weight, scale, grad, grad if residual is None else residual.contiguous(), out, partial,
+        rows, width, triton.cdiv(rows, programs), RESIDUAL=residual is not None, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return out.view(grad.shape), partial.sum(0).to(weight.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        flat = x.contiguous().view(-1, x.shape[-1])
-        rows, width = flat.shape
-        y = torch.empty(x.shape, dtype=_output_dtype(x, weight), device=x.device)
-        scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-        block = triton.next_power_of_2(width)
-        _forward[(rows,)](flat, weight, y, scale, width, eps, BLOCK=block, num_warps=_warps(block))
+        y, flat, scale = _normed(x, weight, eps)
         ctx.save_for_backward(flat, weight, scale)
         return y
 
@@ -60,27 +91,23 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
         flat, weight, scale = ctx.saved_tensors
-        rows, width = flat.shape
-        grad = grad_outputs[0].contiguous()
-        out = torch.empty_like(flat)
-        processors = torch.cuda.get_device_properties(flat.device).multi_processor_count if flat.is_cuda else 2
-        programs = min(rows, 2 * processors)
-        partial = torch.empty(programs, width, dtype=torch.float32, device=flat.device)
-        block = triton.next_power_of_2(width)
-        _backward[(programs,)](
-            flat,
-            weight,
-            scale,
-            grad,
-            out,
-            partial,
-            rows,
-            width,
-            triton.cdiv(rows, programs),
-            BLOCK=block,
-            num_warps=_warps(block),
-        )
-        return out.view(grad.shape), partial.sum(0).to(weight.dtype), None
+        return *_gradients(grad_outputs[0], flat, weight, scale, None), None
+
+
+class _BranchRMSNorm(torch.autograd.Function):
+    """x goes through twice, so that both gradients meet here and are added in the same pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        y, flat, scale = _normed(x, weight, eps)
+        ctx.save_for_backward(flat, weight, scale)
+        return y, x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        flat, weight, scale = ctx.saved_tensors
+        return *_gradients(grad_outputs[0], flat, weight, scale, grad_outputs[1]), None
 
 
 def _output_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -94,6 +121,6 @@ def _warps(block: int) -> int:
     return min(max(block // 512, 1), 16)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See ops.rms_norm.rms_norm; rounded once, after the weight, under autocast to its dtype."""
-    return _RMSNorm.apply(x, weight, eps)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, branch: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """See ops.rms_norm.rms_norm, or with `branch` branch_rms_norm; rounded once, after the weight, under autocast to its dtype."""
+    return (_BranchRMSNorm if branch else _RMSNorm).apply(x, weight, eps)

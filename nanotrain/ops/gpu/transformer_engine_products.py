@@ -1,5 +1,7 @@
 """FP8 quantisers and GEMMs of Transformer Engine, without its modules: the weights stay plain parameters."""
 
+from collections.abc import Callable
+
 import torch
 import transformer_engine.pytorch  # noqa: F401 # pyright: ignore[reportMissingImports] (it loads the next one's library)
 import transformer_engine_torch as tex  # pyright: ignore[reportMissingImports]
@@ -30,7 +32,7 @@ class BlockwiseProducts:
     row_multiple = BLOCK
 
     def __init__(self) -> None:
-        self.squared_relu_quantised = squared_relu_quantised
+        self.squared_relu_quantised: Callable[[Tensor, Tensor | None], Quantized] | None = squared_relu_quantised
         self._quantizers = {
             (dimensions, columns): _internal(
                 Float8BlockQuantizer(_E4M3, rowwise=True, columnwise=columns, block_scaling_dim=dimensions)
@@ -77,7 +79,7 @@ class CurrentScalingProducts:
     """One scale per tensor, from its own largest magnitude; E4M3, gradients E5M2 (recipe Float8CurrentScaling)."""
 
     row_multiple = 16
-    squared_relu_quantised = None
+    squared_relu_quantised: Callable[[Tensor, Tensor | None], Quantized] | None = None
 
     def __init__(self) -> None:
         device = torch.device("cuda", torch.cuda.current_device())
