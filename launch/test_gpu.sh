@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests that need one GPU. Takes under 8 minutes on one H200.
+# Runs the tests that need one GPU, in four processes (TEST_PROCESSES), because most of the time goes into compiling kernels.
 # Usage: bash launch/test_gpu.sh [argument of pytest ...]      PYTHON=python3 uses an environment that is there already
 # A kernel library that is not installed skips its tests, by name: pip install --no-build-isolation -e '.[gpu]'
 set -euo pipefail
@@ -12,4 +12,4 @@ else
   PYTHON=$VENV/bin/python
 fi
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-exec "$PYTHON" -m pytest -m gpu -rs tests/gpu "$@"
+exec "$PYTHON" -m pytest -m gpu -rs -n "${TEST_PROCESSES:-4}" --dist worksteal tests/gpu "$@"

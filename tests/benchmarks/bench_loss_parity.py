@@ -2,8 +2,7 @@
 
     python -m tests.benchmarks.bench_loss_parity OUT.jsonl DATA [--tokens 20e6] [--seconds 500] [--only NAME ...] [--tiny]
 
-DATA holds <category>/train.bin .idx and validation.bin .idx as the prepare stage writes them, at a vocabulary of 16,384.
-106M parameters outside the embeddings; 16 sequences of 2,048 tokens a step, the same in every run; WSD schedule. A run that
+DATA is what tests/benchmarks/parity_tokens.py writes. 106M parameters outside the embeddings; 16 sequences of 2,048 tokens a step, the same in every run; WSD schedule. A run that
 would not end within the time left is not started. The loss every ten steps and the held-out loss are written as they come.
 """
 
@@ -19,7 +18,6 @@ import torch
 from nanotrain.config.engine import EngineConfig, Precision
 from nanotrain.config.model import ModelConfig
 from nanotrain.config.training import OptimizerConfig, ParameterDtype, ScheduleConfig, StateDtype, TrainingConfig
-from nanotrain.data.token_shards import TokenShard
 from nanotrain.engines import build_engine
 from nanotrain.losses.language_modeling import CrossEntropy
 from nanotrain.model.batch import MicroBatch
@@ -27,6 +25,7 @@ from nanotrain.model.hybrid import HybridModel
 from nanotrain.optim.lr_schedule import learning_rate
 from nanotrain.planning.parameters import count_non_embedding_parameters
 from tests.benchmarks.measure import write
+from tests.benchmarks.parity_tokens import unpack
 
 MODEL = ModelConfig(
     hybrid_layer_pattern="M-M-M*-M-M*-M-", vocab_size=16384, hidden_size=1024, intermediate_size=4096,
@@ -43,17 +42,6 @@ RUNS: dict[str, tuple[Precision, OptimizerConfig, int]] = {
     "fp8 blockwise, int8 states, bf16 weights": (Precision.fp8_blockwise, NARROW, 1),
     "bf16, fp32 AdamW, other initial weights": (Precision.bf16, OptimizerConfig(), 2),
 }
-
-
-def sequences(data: Path, split: str, length: int) -> np.ndarray:
-    """Return all whole sequences [N, length + 1] of the split, categories one after the other."""
-    rows = []
-    for folder in sorted(path for path in data.iterdir() if (path / f"{split}.bin").exists()):
-        shard = TokenShard(folder / split)
-        tokens = shard.tokens(0, shard.num_tokens)
-        count = (len(tokens) - 1) // length
-        rows.append(np.stack([tokens[i * length : (i + 1) * length + 1] for i in range(count)]))
-    return np.concatenate(rows)
 
 
 def batch_of(rows: np.ndarray) -> MicroBatch:
@@ -121,7 +109,7 @@ def main() -> None:
             RUNS[name] = (Precision.bf16 if precision is not Precision.bf16 else precision, optimizer, seed)
     if torch.cuda.is_available():
         use_published_launch_parameters()
-    data = {split: sequences(arguments.data, split, length) for split in ("train", "validation")}
+    data = {split: all_rows[:, : length + 1] for split, all_rows in unpack(arguments.data).items()}
     if arguments.tiny:
         data["validation"] = data["validation"][:4]
     steps = int(arguments.tokens) // (rows * length)

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_one_gpu.py reduced:bf16 reduced:fp8_blockwise --out results.jsonl [--profile folder]
 
-Parts: `reduced:PRECISION` (11 layers), `full:PRECISION` (62 layers), `cores` (the Mamba mixer between its projections,
-by chunk size), `startup` (seconds to the first step). Both models hold bf16 parameters and share the storage of their
+Parts: `reduced:PRECISION` (11 layers), `full:PRECISION` (62 layers), `ours:PRECISION` (62 layers without the peer), `cores` (the Mamba mixer between its projections,
+by chunk size). Both models hold bf16 parameters and share the storage of their
 large matrices; weights are quantised anew every step. One round runs each once, in rotating order; medians and extremes
 of the rounds are reported. Every part is written to the output as soon as it is done. `--tiny` checks the script
 without a GPU, and without the peer.
@@ -14,7 +14,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -200,7 +200,7 @@ def compare_models(part: str, config: ModelConfig, precision: str, options: argp
     batch = MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
     bf16_layers = options.bf16_layers if config.num_hidden_layers > 2 * options.bf16_layers else 0
     models: dict[str, nn.Module] = {"nanotrain": our_model(config, device)}
-    if device.type == "cuda" and not options.alone:
+    if device.type == "cuda" and not options.alone and not part.startswith("ours"):
         models["peer"] = options.peer.build(config, precision, bf16_layers, length)
     shared = Shared(device)
     for model in sorted(models.values(), key=lambda model: -sum(p.numel() for p in model.parameters())):
@@ -235,7 +235,11 @@ def compare_models(part: str, config: ModelConfig, precision: str, options: argp
         if options.profile and device.type == "cuda":
             if isinstance(step, OurStep):
                 step.prepare()
-            profile(step, options.profile / f"{part.replace(':', '_')}_{name.replace(' ', '_').replace('=', '_')}.txt")
+            profile(
+                step,
+                models.values(),
+                options.profile / f"{part.replace(':', '_')}_{name.replace(' ', '_').replace('=', '_')}.txt",
+            )
 
 
 def time_steps(
@@ -267,7 +271,7 @@ def time_steps(
     return clocks, first, peak
 
 
-def profile(step: Callable[[Callable[[], None]], None], path: Path) -> None:
+def profile(step: Callable[[Callable[[], None]], None], models: Iterable[nn.Module], path: Path) -> None:
     """Write the time of each GPU kernel in one step, the longest first."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
@@ -276,6 +280,10 @@ def profile(step: Callable[[Callable[[], None]], None], path: Path) -> None:
     with profiler(activities=[ProfilerActivity.CUDA]) as recorded:
         step(lambda: None)
         torch.cuda.synchronize()
+    if isinstance(step, OurStep):
+        step.release()
+    for model in models:
+        model.zero_grad(set_to_none=True)
     rows = [(e.self_device_time_total / 1e3, e.count, e.key) for e in recorded.key_averages()]
     rows = sorted((row for row in rows if row[0] > 0), reverse=True)
     lines = [f"{sum(row[0] for row in rows):9.2f} ms of kernels"]
@@ -370,7 +378,7 @@ def main() -> None:
         if kind == "cores":
             compare_cores(options, report)
         else:
-            config = TINY if options.tiny else {"reduced": REDUCED, "full": FULL}[kind]
+            config = TINY if options.tiny else {"reduced": REDUCED, "full": FULL, "ours": FULL}[kind]
             compare_models(part, config, precision, options, report)
         free()
         print(f"-- {part}: {time.perf_counter() - start:.0f} s", flush=True)
