@@ -11,5 +11,6 @@ else
   cd "$ROOT"
   PYTHON=$VENV/bin/python
 fi
+export OMP_NUM_THREADS=1 # the slow twins run on the CPU: the processes share its cores
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 exec "$PYTHON" -m pytest -m gpu -rs -n "${TEST_PROCESSES:-4}" --dist worksteal tests/gpu "$@"

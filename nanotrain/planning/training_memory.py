@@ -118,8 +118,9 @@ def _layer_bytes(model: ModelConfig, kind: str, value: int, operand: int) -> int
     if kind == ATTENTION:  # in FP8 each of q, k and v quantises the input, and the output is kept twice
         operands = operand * (3 * hidden + query) if operand < value else value * hidden
         return operands + value * (2 * query + key_value) + 4 * model.num_attention_heads
-    scan = value * (model.conv_channels + inner) + 16 * model.mamba_num_heads
-    return operand * (hidden + inner) + value * model.in_proj_size + scan
+    states = inner * model.ssm_state_size / model.chunk_size  # one a chunk
+    scan = value * (model.conv_channels + inner + states) + 16 * model.mamba_num_heads
+    return round(operand * (hidden + inner) + value * model.in_proj_size + scan)
 
 
 def smaller_configurations(

@@ -10,12 +10,12 @@ give the same file. bench_loss_parity reads it.
 import argparse
 import io
 import lzma
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from data_prep import build_nano_blend
 from nanotrain.data.token_shards import TokenShard
 
 LENGTH, VOCABULARY, SCALE = 2048, 16384, 0.16
@@ -47,9 +47,9 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/parity_blend"))
     parser.add_argument("--tokens", type=float, default=14e6, help="for training; a fiftieth of it for validation")
     arguments = parser.parse_args()
-    code = build_nano_blend.main(
-        ["--output", str(arguments.folder), "--scale", str(SCALE), "--vocab-size", str(VOCABULARY)]
-    )
+    # A process of its own: reading a packed file must not need the packages that the corpora come from.
+    command = ["data_prep.build_nano_blend", "--output", str(arguments.folder), "--scale", str(SCALE)]
+    code = subprocess.run([sys.executable, "-m", *command, "--vocab-size", str(VOCABULARY)], check=False).returncode
     if code:
         return code
     parts = {}

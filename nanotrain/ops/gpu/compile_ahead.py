@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 from triton.runtime import _async_compile
+from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
 
@@ -23,17 +24,26 @@ class _InEveryThread:
 
 @contextmanager
 def compiling_only() -> Iterator[None]:
-    """Within, a launch of a Triton kernel queues its compilation and computes nothing; at the end all are compiled."""
-    launch = JITFunction.run
+    """Within, a launch of a Triton kernel queues its compilation and computes nothing; at the end all are compiled.
+
+    A kernel whose variants have yet to be timed is left to its first real launch.
+    """
+    launch, tune_and_launch = JITFunction.run, Autotuner.run
 
     def queue(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         del warmup
         return launch(self, *args, grid=grid, warmup=True, **options)
 
+    def queue_tuned(self: Autotuner, *args: Any, **options: Any) -> Any:
+        if len(self.configs) > 1:
+            self.best_config = self.configs[0]  # callers read its block sizes
+            return None
+        return tune_and_launch(self, *args, **options)
+
     with ThreadPoolExecutor(os.cpu_count()) as executor:
         mode = _async_compile.AsyncCompileMode(executor)
         everywhere = patch.object(_async_compile, "active_mode", _InEveryThread(mode))
-        with everywhere, patch.object(JITFunction, "run", queue):
+        with everywhere, patch.object(JITFunction, "run", queue), patch.object(Autotuner, "run", queue_tuned):
             yield
         for future, kernel in zip(mode.raw_futures, list(mode.future_kernels.values()), strict=True):
             future.result()
