@@ -18,6 +18,11 @@ class CrossEntropy:
     def __call__(self, head: OutputHead, batch: MicroBatch) -> LossOutput:
         """Return the summed loss of `batch`; no metrics beyond it."""
         loss_sum = linear_cross_entropy(
-            head.hidden_states, head.weight, batch.labels, vocab_shard=head.vocab_shard, ignore_index=IGNORE_INDEX
+            head.hidden_states,
+            head.weight,
+            batch.labels,
+            vocab_shard=head.vocab_shard,
+            ignore_index=IGNORE_INDEX,
+            positions=batch.label_positions,
         )
         return LossOutput(loss_sum, {})

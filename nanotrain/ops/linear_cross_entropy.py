@@ -20,9 +20,10 @@ from nanotrain.ops.vocab_chunks import (
     default_chunk_tokens,
     local_labels,
     product_dtype,
+    put_rows,
     scale_gradients,
-    scatter_rows,
     select_rows,
+    take_rows,
     weight_gradient_dtype,
     widened,
 )
@@ -39,6 +40,7 @@ def linear_cross_entropy(
     vocab_shard: VocabShard | None = None,
     chunk_tokens: int | None = None,
     ignore_index: int = IGNORE_INDEX,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Return the sum over labelled positions of -log softmax(hidden @ weight.T)[label].
 
@@ -53,6 +55,7 @@ def linear_cross_entropy(
             the whole loss, the gradient of its own rows, and its *partial* gradient of `hidden`, which the engine sums.
         chunk_tokens: tokens whose logits exist at a time; None = chosen by V and device.
         ignore_index: the label that means none.
+        positions: [T] int64, rising: where in the flattened `labels` one counts; None = looked up, which waits for the device.
 
     Returns:
         [] fp32, or fp64 for fp64 inputs.
@@ -60,7 +63,9 @@ def linear_cross_entropy(
     # Read here: inside an autograd.Function grad mode is off, and needs_input_grad is true even under no_grad.
     grad_enabled = torch.is_grad_enabled()
     wanted = (grad_enabled and hidden.requires_grad, grad_enabled and weight.requires_grad)
-    args = (hidden, weight, labels, vocab_shard, chunk_tokens or default_chunk_tokens(weight), ignore_index, wanted)
+    if positions is None:
+        positions = (labels != ignore_index).flatten().nonzero()[:, 0]
+    args = (hidden, weight, labels, positions, vocab_shard, chunk_tokens or default_chunk_tokens(weight), wanted)
     if any(wanted):
         return _LinearCrossEntropy.apply(*args)
     return _loss_and_gradients(*args).loss_sum
@@ -168,15 +173,14 @@ def _loss_and_gradients(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
+    positions: Tensor,
     vocab_shard: VocabShard | None,
     chunk_tokens: int,
-    ignore_index: int,
     wanted: tuple[bool, bool],
 ) -> _Result:
     """Return the loss and, where wanted, its gradients by hidden states and weight."""
     dtype = product_dtype(hidden, weight)
-    mask = labels != ignore_index
-    kept_hidden, kept_labels = select_rows(hidden, mask).to(dtype), labels[mask]
+    kept_hidden, kept_labels = take_rows(hidden, positions).to(dtype), labels.flatten().index_select(0, positions)
     matrix = weight.to(dtype)
     transposed = matrix.t()
     loss_sum = torch.zeros((), dtype=accumulation_dtype(dtype), device=hidden.device)
@@ -197,7 +201,7 @@ def _loss_and_gradients(
             accumulate_weight_gradient(grad_weight, grad_logits, kept_hidden[chunk], first=i == 0)
         del grad_logits  # or two chunks would exist while the next one is made
     if grad_hidden is not None:
-        grad_hidden = scatter_rows(grad_hidden, mask).to(hidden.dtype)
+        grad_hidden = put_rows(grad_hidden, positions, labels.shape).to(hidden.dtype)
     return _Result(loss_sum, grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype))
 
 

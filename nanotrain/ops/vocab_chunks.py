@@ -104,3 +104,20 @@ def scatter_rows(rows: Tensor, mask: Tensor) -> Tensor:
         whole[flat] = rows
         rows = whole
     return rows.view(*mask.shape, rows.shape[-1])
+
+
+def take_rows(tensor: Tensor, positions: Tensor) -> Tensor:
+    """Return the rows of `tensor` [..., D] at `positions` [T] of its flattened rows; a view when they are all of them.
+
+    Unlike a mask, positions tell how many rows come out without waiting for the device.
+    """
+    flat = tensor.reshape(-1, tensor.shape[-1])
+    return flat if len(positions) == len(flat) else flat.index_select(0, positions)
+
+
+def put_rows(rows: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
+    """Undo `take_rows`: return [*shape, D] with `rows` [T, D] at `positions` and 0 elsewhere."""
+    if len(positions) != shape.numel():
+        whole = rows.new_zeros(shape.numel(), rows.shape[-1])
+        rows = whole.index_copy_(0, positions, rows)
+    return rows.view(*shape, rows.shape[-1])

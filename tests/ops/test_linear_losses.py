@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanotrain.model.batch import MicroBatch
 from nanotrain.ops.kl_divergence import linear_kl_divergence, linear_kl_divergence_ref
 from nanotrain.ops.linear_cross_entropy import (
+    IGNORE_INDEX,
     linear_cross_entropy,
     linear_cross_entropy_ref,
     token_log_probabilities,
@@ -80,6 +82,26 @@ def test_nothing_labelled_gives_zero_and_zero_gradients():
     loss = linear_cross_entropy(hidden, weight, torch.full_like(labels, -100))
     assert float(loss) == 0
     assert all(not g.any() for g in gradients(loss, hidden, weight))
+
+
+def test_positions_that_are_given_are_those_that_would_be_found():
+    generator = torch.Generator().manual_seed(4)
+    hidden, weight = (torch.randn(*s, generator=generator).requires_grad_() for s in ((2, 9, 5), (11, 5)))
+    labels = torch.randint(0, 11, (2, 9), generator=generator)
+    labels[0, :4] = IGNORE_INDEX
+    results = []
+    for positions in (None, (labels != IGNORE_INDEX).flatten().nonzero()[:, 0]):
+        loss = linear_cross_entropy(hidden, weight, labels, positions=positions, chunk_tokens=4)
+        results.append([loss, *torch.autograd.grad(loss, (hidden, weight))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_batch_counts_its_labels_before_they_leave_the_cpu():
+    labels = torch.tensor([[3, IGNORE_INDEX, 5]])
+    batch = MicroBatch(torch.zeros(1, 3, dtype=torch.int64), labels)
+    assert batch.to(torch.device("cpu")).label_positions is None
+    there = batch.to(torch.device("meta"))
+    assert there.label_positions is not None and there.label_positions.shape == (2,)
 
 
 def test_bf16_autocast_stays_near_fp32_and_keeps_dtypes():

@@ -14,6 +14,9 @@ def test_select_and_scatter_are_boolean_indexing(kept):
     rows = vocab_chunks.select_rows(tensor, mask)
     assert torch.equal(rows, tensor[mask])
     assert torch.equal(vocab_chunks.scatter_rows(rows, mask), tensor * mask[..., None])
+    positions = mask.flatten().nonzero()[:, 0]
+    assert torch.equal(vocab_chunks.take_rows(tensor, positions), rows)
+    assert torch.equal(vocab_chunks.put_rows(rows, positions, mask.shape), tensor * mask[..., None])
 
 
 def test_chunks_hold_the_memory_budget_and_never_nothing():
