@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from nanotrain.config.engine import EngineConfig, KernelsConfig, SsdKernel
+from nanotrain.config.engine import CoreKernel, EngineConfig, Fp8Gemm, KernelsConfig, Precision, SsdKernel
 from nanotrain.config.errors import UserError
 from nanotrain.ops import backends
-from nanotrain.ops.backends import KERNELS, Kernel, choose_kernels, kernel_for
+from nanotrain.ops.backends import KERNELS, Kernel, choose_kernels, kernel_for, load_fp8_products
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -22,6 +22,28 @@ def test_every_switch_of_the_config_has_its_kernels():
     for op, kernels in KERNELS.items():
         options = {member.value for member in type(KernelsConfig().__dict__[op])}
         assert options == {"auto", "torch", *kernels}
+
+
+def test_a_core_out_of_fused_kernels_gives_way_to_a_switch_of_its_parts():
+    assert KernelsConfig().choices()["mamba_core"] == "auto"
+    assert KernelsConfig(ssd=SsdKernel.mamba_ssm).choices()["mamba_core"] == "auto"
+    assert KernelsConfig(ssd=SsdKernel.torch).choices()["mamba_core"] == "torch"
+    assert KernelsConfig(ssd=SsdKernel.torch, mamba_core=CoreKernel.fused).choices()["mamba_core"] == "fused"
+
+
+def test_a_library_for_fp8_products_is_refused_where_nothing_is_multiplied_in_blocks():
+    kernels = KernelsConfig(fp8_gemm=Fp8Gemm.deep_gemm)
+    EngineConfig(precision=Precision.fp8_blockwise, kernels=kernels).validate("engine")
+    for precision in (Precision.bf16, Precision.fp8_current):
+        with pytest.raises(UserError, match=r"`engine\.kernels\.fp8_gemm` \(deep_gemm\) .* would be ignored"):
+            EngineConfig(precision=precision, kernels=kernels).validate("engine")
+
+
+def test_a_missing_library_for_fp8_products_is_named_with_its_install_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "find_spec", lambda module: None if module == "deep_gemm" else module)
+    with pytest.raises(UserError, match=r"needs DeepGEMM, which is not installed; run `pip install sgl-deep-gemm"):
+        load_fp8_products(Precision.fp8_blockwise, GPU, Fp8Gemm.deep_gemm)
 
 
 def test_the_cpu_runs_plain_torch():
