@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests that need one GPU, in four processes (TEST_PROCESSES), because most of the time goes into compiling kernels.
+# Runs the tests that need one GPU, in eight processes (TEST_PROCESSES), because most of the time goes into compiling kernels:
+# about a minute on an H200 with 16 cores.
 # Usage: bash launch/test_gpu.sh [argument of pytest ...]      PYTHON=python3 uses an environment that is there already
 # A kernel library that is not installed skips its tests, by name: pip install --no-build-isolation -e '.[gpu]'
 set -euo pipefail
@@ -13,4 +14,4 @@ else
 fi
 export OMP_NUM_THREADS=1 # the slow twins run on the CPU: the processes share its cores
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-exec "$PYTHON" -m pytest -m gpu -rs -n "${TEST_PROCESSES:-4}" --dist worksteal tests/gpu "$@"
+exec "$PYTHON" -m pytest -m gpu -rs -n "${TEST_PROCESSES:-8}" --dist worksteal tests/gpu "$@"

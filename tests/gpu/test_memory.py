@@ -134,14 +134,16 @@ def test_checkpointed_layers_give_the_same_loss_and_norm(tiny_training_model):
 
 
 def test_an_engine_with_the_optimizer_in_backward_frees_its_memory(tiny_training_model):
-    gc.collect()
-    before = torch.cuda.memory_allocated()
-    engine = engine_of(tiny_training_model, in_backward=True)
-    engine.train_step([random_batch(2, 0)], CrossEntropy(), 1e-3)
-    assert torch.cuda.memory_allocated() > before
-    del engine
-    gc.collect()
-    assert torch.cuda.memory_allocated() <= before + 2**16
+    left = []
+    for _ in range(2):  # after the first one cuBLAS keeps its workspaces
+        engine = engine_of(tiny_training_model, in_backward=True)
+        engine.train_step([random_batch(2, 0)], CrossEntropy(), 1e-3)
+        during = torch.cuda.memory_allocated()
+        del engine
+        gc.collect()
+        left.append(torch.cuda.memory_allocated())
+    assert during > left[0]
+    assert left[1] <= left[0] + 2**16
 
 
 def test_out_of_memory_names_an_option():
