@@ -86,8 +86,11 @@ x[3] = 0.0
 pairs = [(squared_relu_quantised(x, other), squared_relu_quantised_ref(x, other)) for other in (None, grad)]
 for fast, slow in [*pairs, (quantise_tiles(x, kind=PLAIN), quantize_tiles_ref(x))]:
     assert torch.equal(fast.row_scales, slow.row_scales) and torch.equal(fast.column_scales, slow.column_scales)
-    for name in ("rows", "columns"):  # the interpreter drops the carry where rounding leads to the next exponent
-        assert (getattr(fast, name) != getattr(slow, name)).float().mean() < 0.05, name
+    for name in ("rows", "columns"):
+        mine, other = getattr(fast, name), getattr(slow, name)
+        # The interpreter rounds wrongly into the next exponent and below the normal numbers; a GPU is held to every bit.
+        sound = (other & 0x07 != 0) & (other & 0x78 != 0)
+        assert sound.float().mean() > 0.15 and torch.equal(mine[sound], other[sound]), name
 """,
     "losses": """
 from nanotrain.ops.gpu.softmax_losses_triton import cross_entropy_chunk, kl_divergence_chunk
