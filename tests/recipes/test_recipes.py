@@ -83,5 +83,5 @@ def test_commands_in_the_documents_name_recipes_and_keys_that_exist(command):
 
 def test_scripts_named_in_the_documents_exist():
     for document in DOCUMENTS:
-        for script in re.findall(r"\b((?:launch|\.ci)/[\w.]+)", document.read_text(encoding="utf-8")):
+        for script in re.findall(r"(?<![\w/])((?:launch|\.ci)/[\w.]+)", document.read_text(encoding="utf-8")):
             assert (ROOT / script.rstrip(".")).exists(), f"{document.name} names {script}"
