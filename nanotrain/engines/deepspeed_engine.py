@@ -5,7 +5,7 @@ DeepSpeed owns gradients and step; the loss, its one division and the skipping o
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,20 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from nanotrain.checkpoint.hf_folder import iterate_tensors, save_state_dict
+from nanotrain.checkpoint.hf_folder import iterate_tensors
 from nanotrain.checkpoint.provenance import Provenance
 from nanotrain.config.engine import FP8_PRECISIONS, EngineConfig
 from nanotrain.config.errors import UserError
 from nanotrain.config.model import ModelConfig
 from nanotrain.config.training import ParameterDtype, StateDtype, TrainingConfig
-from nanotrain.engines.base import Engine, StateWriter, StepResult
+from nanotrain.engines.base import StateWriter, StepResult
 from nanotrain.engines.data_parallel import LossSums, sum_count
 from nanotrain.engines.out_of_memory import OutOfMemoryAdvice
 from nanotrain.engines.parameters import place_model
 from nanotrain.engines.precision import apply_precision
-from nanotrain.engines.root import TrainingRoot, label_log_probabilities
+from nanotrain.engines.root import TrainingRoot
+from nanotrain.engines.spread_model import RootEngine, meta_tensors, save_gathered
 from nanotrain.engines.torch_device import prepare_device
 from nanotrain.engines.zero_partitions import MasterAdamW, ZeroPartitions
 from nanotrain.losses.base import LossFn
@@ -37,13 +37,13 @@ from nanotrain.model.initialization import init_weights
 from nanotrain.ops.backends import choose_kernels
 from nanotrain.optim.adamw import decay_groups
 from nanotrain.planning.parameters import count_parameters, tensor_shapes
-from nanotrain.runtime.distributed import World, from_all, wait_for_all
+from nanotrain.runtime.distributed import World, from_all
 
 BUCKET_VALUES = 500_000_000
 """DeepSpeed's own default of values reduced or gathered at a time; smaller models need less."""
 
 
-class DeepSpeedEngine(Engine):
+class DeepSpeedEngine(RootEngine):
     """Trains under ZeRO-1, 2 or 3; without `training` it holds a ZeRO-3 model that only runs forward."""
 
     def __init__(self, config: EngineConfig, model: HybridModel, training: TrainingConfig | None, world: World) -> None:
@@ -127,31 +127,13 @@ class DeepSpeedEngine(Engine):
         skipped = not (math.isfinite(loss) and loss <= max_loss and math.isfinite(grad_norm))
         return StepResult(loss, grad_norm, num_tokens, skipped, sums.metrics())
 
-    @torch.no_grad()
-    def evaluate(self, microbatches: Iterable[MicroBatch], loss_fn: LossFn) -> dict[str, float]:
-        sums, num_tokens = LossSums(), 0
-        with self._eval_mode():
-            for batch in microbatches:
-                num_tokens += int(loss_fn.denominator(batch))
-                sums.add(self._zero(batch.to(self.device), loss_fn))
-        num_tokens = sum_count(num_tokens, self._world)
-        sums.reduce(self._world)
-        return {**sums.metrics(), "loss": sums.loss_sum / max(num_tokens, 1), "num_tokens": num_tokens}
-
-    @torch.no_grad()
-    def hidden_states(self, microbatches: Sequence[MicroBatch]) -> list[Tensor | None]:
-        with self._eval_mode():
-            return [self._zero(batch.to(self.device)) for batch in microbatches]
+    def _forward(self, batch: MicroBatch, *arguments: Any) -> Any:
+        return self._zero(batch, *arguments)
 
     @contextmanager
     def head(self) -> Iterator[HeadWeight]:
         name = "backbone.embeddings.weight" if self.model_config.tie_word_embeddings else "lm_head.weight"
         yield HeadWeight(self._partitions.whole(name))
-
-    @torch.no_grad()
-    def logprobs(self, batch: MicroBatch) -> Tensor:
-        with self._eval_mode():
-            return self._zero(batch.to(self.device), label_log_probabilities)
 
     @contextmanager
     def inference_model(self) -> Iterator[HybridModel]:
@@ -181,22 +163,16 @@ class DeepSpeedEngine(Engine):
         tokenizer_from: Path | None = None,
         provenance: Provenance | None = None,
     ) -> None:
-        shapes = tensor_shapes(self.model_config)
-        if self._world.is_first:
-            described = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-            save_state_dict(
-                described,
-                self.model_config,
-                folder,
-                dtype=dtype,
-                tokenizer_from=tokenizer_from,
-                provenance=provenance,
-                gather=self._partitions.whole,
-            )
-        else:
-            for name in shapes:
-                self._partitions.whole(name)
-        wait_for_all()
+        save_gathered(
+            meta_tensors(self.model_config),
+            self.model_config,
+            folder,
+            self._partitions.whole,
+            self._world,
+            dtype=dtype,
+            tokenizer_from=tokenizer_from,
+            provenance=provenance,
+        )
 
     def first_difference(self, folder: Path) -> str | None:
         found = None
@@ -214,7 +190,7 @@ class DeepSpeedEngine(Engine):
         self._partitions.restore(folder, self.device)
 
     @contextmanager
-    def _eval_mode(self) -> Iterator[None]:
+    def _evaluating(self) -> Iterator[None]:
         training = self._model.training
         self._zero.eval()
         try:

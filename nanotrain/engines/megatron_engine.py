@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
-from nanotrain.checkpoint.hf_folder import iterate_tensors, save_state_dict
+from nanotrain.checkpoint.hf_folder import iterate_tensors
 from nanotrain.checkpoint.provenance import Provenance
 from nanotrain.config.engine import EngineConfig
 from nanotrain.config.errors import UserError
@@ -37,6 +37,7 @@ from nanotrain.engines.megatron_limits import (
 from nanotrain.engines.megatron_model import build_root, restore, snapshot, transformer_config
 from nanotrain.engines.megatron_totals import Ranks, Totals, detached, reduce_totals
 from nanotrain.engines.megatron_weights import Export, Parameters, Place, fill, initialise, load
+from nanotrain.engines.spread_model import meta_tensors, save_gathered
 from nanotrain.engines.torch_device import choose_device, set_threads
 from nanotrain.losses.base import LossFn, LossOutput
 from nanotrain.model.batch import MicroBatch
@@ -47,7 +48,7 @@ from nanotrain.ops.linear_cross_entropy import token_log_probabilities
 from nanotrain.planning.layout import check_layout
 from nanotrain.planning.parameters import tensor_shapes
 from nanotrain.planning.pipeline_stages import stage_layers
-from nanotrain.runtime.distributed import from_first, start_ranks, wait_for_all
+from nanotrain.runtime.distributed import World, from_first, start_ranks
 from nanotrain.runtime.logging import log_once
 
 DEVICE_TYPES = {"cuda"}
@@ -310,22 +311,16 @@ class MegatronEngine(Engine):
         tokenizer_from: Path | None = None,
         provenance: Provenance | None = None,
     ) -> None:
-        export = self._export()
-        if dist.get_rank() == 0:
-            shapes = tensor_shapes(self.model_config)
-            save_state_dict(
-                {name: torch.empty(shape, device="meta") for name, shape in shapes.items()},
-                self.model_config,
-                folder,
-                dtype=dtype,
-                tokenizer_from=tokenizer_from,
-                provenance=provenance,
-                gather=export.tensor,
-            )
-        else:
-            for name in tensor_shapes(self.model_config):
-                export.tensor(name)
-        wait_for_all()
+        save_gathered(
+            meta_tensors(self.model_config),
+            self.model_config,
+            folder,
+            self._export().tensor,
+            World(dist.get_rank(), dist.get_world_size()),
+            dtype=dtype,
+            tokenizer_from=tokenizer_from,
+            provenance=provenance,
+        )
 
     def first_difference(self, folder: Path) -> str | None:
         export, found = self._export(), None

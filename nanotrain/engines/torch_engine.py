@@ -4,21 +4,22 @@ Weights and states are as the optimizer section says. FSDP2 is engines/torch_par
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nanotrain.checkpoint.hf_folder import iterate_tensors, save_state_dict
+from nanotrain.checkpoint.hf_folder import iterate_tensors
 from nanotrain.checkpoint.host_snapshot import HostSnapshot
 from nanotrain.checkpoint.provenance import Provenance
 from nanotrain.config.engine import EngineConfig
 from nanotrain.config.errors import UserError
 from nanotrain.config.training import TrainingConfig
-from nanotrain.engines.base import Engine, StateWriter, StepResult
+from nanotrain.engines.base import StateWriter, StepResult
 from nanotrain.engines.collective_waits import CollectiveWaits
 from nanotrain.engines.data_parallel import LossSums, sum_count
 from nanotrain.engines.optimizer_in_backward import OptimizerInBackward
@@ -26,7 +27,8 @@ from nanotrain.engines.out_of_memory import OutOfMemoryAdvice
 from nanotrain.engines.parameters import global_norm, parameter_dtype, place_model, weight_copies_of
 from nanotrain.engines.precision import apply_precision
 from nanotrain.engines.rehearsal import rehearse
-from nanotrain.engines.root import TrainingRoot, label_log_probabilities
+from nanotrain.engines.root import TrainingRoot
+from nanotrain.engines.spread_model import RootEngine, save_gathered
 from nanotrain.engines.torch_device import prepare_device
 from nanotrain.engines.torch_state import copy_rows_of, local_rows, restore, snapshot, whole_tensor
 from nanotrain.losses.base import LossFn
@@ -38,11 +40,10 @@ from nanotrain.model.initialization import init_weights
 from nanotrain.ops.backends import choose_kernels
 from nanotrain.optim.adamw import build_adamw
 from nanotrain.optim.low_precision_adamw import LowPrecisionAdamW
-from nanotrain.planning.parameters import tensor_shapes
-from nanotrain.runtime.distributed import World, from_all, wait_for_all
+from nanotrain.runtime.distributed import World, from_all
 
 
-class TorchEngine(Engine):
+class TorchEngine(RootEngine):
     """A whole model on this rank's device; several ranks average their gradients. See `Engine` for the methods."""
 
     def __init__(
@@ -187,30 +188,12 @@ class TorchEngine(Engine):
     def _clip_gradients(self, norm: Tensor) -> None:
         torch.nn.utils.clip_grads_with_norm_(self._model.parameters(), self._clip, norm)
 
-    @torch.no_grad()
-    def evaluate(self, microbatches: Iterable[MicroBatch], loss_fn: LossFn) -> dict[str, float]:
-        sums, num_tokens = LossSums(), 0
-        with self._evaluating():
-            for batch in microbatches:
-                num_tokens += int(loss_fn.denominator(batch))
-                sums.add(self._root(batch.to(self.device), loss_fn))
-        num_tokens = sum_count(num_tokens, self._world)
-        sums.reduce(self._world)
-        return {**sums.metrics(), "loss": sums.loss_sum / max(num_tokens, 1), "num_tokens": num_tokens}
-
-    @torch.no_grad()
-    def hidden_states(self, microbatches: Sequence[MicroBatch]) -> list[Tensor | None]:
-        with self._evaluating():
-            return [self._root(batch.to(self.device)) for batch in microbatches]
+    def _forward(self, batch: MicroBatch, *arguments: Any) -> Any:
+        return self._root(batch, *arguments)
 
     @contextmanager
     def head(self) -> Iterator[HeadWeight]:
         yield HeadWeight(self._model.output_weight().detach())
-
-    @torch.no_grad()
-    def logprobs(self, batch: MicroBatch) -> Tensor:
-        with self._evaluating():
-            return self._root(batch.to(self.device), label_log_probabilities)
 
     @contextmanager
     def inference_model(self) -> Iterator[HybridModel]:
@@ -237,21 +220,16 @@ class TorchEngine(Engine):
         provenance: Provenance | None = None,
     ) -> None:
         parameters = dict(self._model.named_parameters())
-        if self._world.is_first:
-            save_state_dict(
-                parameters,
-                self.model_config,
-                folder,
-                dtype=dtype,
-                tokenizer_from=tokenizer_from,
-                provenance=provenance,
-                gather=lambda name: whole_tensor(parameters[name]),
-            )
-        else:
-            for name in tensor_shapes(self.model_config):
-                whole_tensor(parameters[name])
-        if self.dp_size > 1:
-            wait_for_all()
+        save_gathered(
+            parameters,
+            self.model_config,
+            folder,
+            lambda name: whole_tensor(parameters[name]),
+            self._world,
+            dtype=dtype,
+            tokenizer_from=tokenizer_from,
+            provenance=provenance,
+        )
 
     def first_difference(self, folder: Path) -> str | None:
         found = None
