@@ -46,8 +46,12 @@ def job_state(environment: dict[str, str], number: str) -> dict[str, str]:
 
 
 def restart_now(environment: dict[str, str], number: str) -> None:
-    """Cut short the two minutes for which SLURM holds a requeued job back."""
+    """Cut short the two minutes for which SLURM holds a requeued job back.
+
+    It holds it back because a node refuses the credential of a job that it has just ended: some seconds must pass.
+    """
     wait_for(lambda: job_state(environment, number)["JobState"] == "PENDING", "a job in the queue")
+    time.sleep(10)
     call(environment, "scontrol", "update", f"JobId={number}", "StartTime=now")
 
 
