@@ -1,6 +1,6 @@
 """Forward + backward of the 12B's shapes on one GPU, beside Megatron-Core + Transformer Engine + mamba-ssm.
 
-    python tests/benchmarks/bench_one_gpu.py reduced:bf16 reduced:fp8_blockwise --out results.jsonl [--profile folder]
+    python -m tests.benchmarks.bench_one_gpu reduced:bf16 reduced:fp8_blockwise --out results.jsonl [--profile folder]
 
 Parts: `reduced:PRECISION` (11 layers), `full:PRECISION` (62 layers), `ours:PRECISION` (62 layers without the peer), `cores` (the Mamba mixer between its projections,
 by chunk size). Both models hold bf16 parameters and share the storage of their
@@ -32,6 +32,7 @@ from nanotrain.model.mixers import MambaMixer
 from nanotrain.ops.backends import choose_kernels
 from nanotrain.ops.linear import WeightCopy
 from nanotrain.planning.flops import training_flops_per_token
+from tests.benchmarks.gpu_profile import record, summarize, table
 
 FULL = ModelConfig(
     hybrid_layer_pattern="M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-",
@@ -235,11 +236,8 @@ def compare_models(part: str, config: ModelConfig, precision: str, options: argp
         if options.profile and device.type == "cuda":
             if isinstance(step, OurStep):
                 step.prepare()
-            profile(
-                step,
-                models.values(),
-                options.profile / f"{part.replace(':', '_')}_{name.replace(' ', '_').replace('=', '_')}.txt",
-            )
+            file = f"{part.replace(':', '_')}_{name.replace(' ', '_').replace('=', '_')}.txt"
+            report(f"profile:{part}", model=name, **profile(step, models.values(), options.profile / file))
 
 
 def time_steps(
@@ -271,25 +269,22 @@ def time_steps(
     return clocks, first, peak
 
 
-def profile(step: Callable[[Callable[[], None]], None], models: Iterable[nn.Module], path: Path) -> None:
-    """Write the time of each GPU kernel in one step, the longest first."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiler
+def profile(step: Callable[[Callable[[], None]], None], models: Iterable[nn.Module], path: Path) -> dict[str, object]:
+    """Write the time of each GPU kernel in one step, the longest first; return it by kind, with the time of no kernel."""
+
+    def one() -> None:
+        step(lambda: None)
+        for model in models:
+            model.zero_grad(set_to_none=True)
 
     free()
-    with profiler(activities=[ProfilerActivity.CUDA]) as recorded:
-        step(lambda: None)
-        torch.cuda.synchronize()
+    spans = record(one)
     if isinstance(step, OurStep):
         step.release()
-    for model in models:
-        model.zero_grad(set_to_none=True)
-    rows = [(e.self_device_time_total / 1e3, e.count, e.key) for e in recorded.key_averages()]
-    rows = sorted((row for row in rows if row[0] > 0), reverse=True)
-    lines = [f"{sum(row[0] for row in rows):9.2f} ms of kernels"]
-    lines += [f"{ms:9.3f} ms x{count:<5d} {name[:150]}" for ms, count, name in rows[:70]]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
+    with path.open("w", encoding="utf-8") as file:
+        file.write(table(spans))
+    return summarize(spans)
 
 
 def compare_cores(options: argparse.Namespace, report: Report) -> None:

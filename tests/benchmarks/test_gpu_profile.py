@@ -1,0 +1,24 @@
+from tests.benchmarks.gpu_profile import Span, kind_of, summarize
+
+
+def test_time_without_kernels_is_found_also_when_streams_overlap():
+    spans = [
+        Span("nvjet_tst", 0, 1000),
+        Span("memcpy", 500, 3000),  # beside the first one, longer
+        Span("_chunk_scan_fwd", 3500, 4000),
+        Span("memset", 3600, 3700),  # within
+        Span("rms_norm", 6000, 7000),
+    ]
+    found = summarize(spans[::-1])
+    assert (found["span_ms"], found["busy_ms"], found["kernels"]) == (7.0, 4.5, 5)
+    assert found["longest_gaps"] == [(2.0, "_chunk_scan_fwd", "rms_norm"), (0.5, "memcpy", "_chunk_scan_fwd")]
+    assert found["kinds_ms"] == {
+        "element-wise": 2.6,
+        "bf16 products": 1.0,
+        "norms and gates": 1.0,
+        "scan": 0.5,
+    }
+
+
+def test_what_no_pattern_names_is_other():
+    assert kind_of("a_kernel_of_the_future") == "other"
