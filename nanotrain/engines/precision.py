@@ -14,7 +14,12 @@ FP8 = tuple(_MULTIPLE)
 
 
 def apply_precision(
-    model: HybridModel, config: EngineConfig, device: torch.device, autocast_dtype: torch.dtype | None
+    model: HybridModel,
+    config: EngineConfig,
+    device: torch.device,
+    autocast_dtype: torch.dtype | None,
+    *,
+    gathered: bool = False,
 ) -> list[WeightCopy]:
     """Give the linear layers of the mixers their weight copies. Names, values and dtypes of parameters stay.
 
@@ -23,6 +28,8 @@ def apply_precision(
         config: precision, and which layers stay in bf16 under FP8.
         device: where it runs.
         autocast_dtype: of everything else; None = fp32.
+        gathered: whether a weight is whole only while its layer runs, and then in `autocast_dtype` (FSDP2): it needs no
+            bf16 copy, and an FP8 copy is made for each use.
 
     Returns:
         The copies, to be dropped when weights were changed behind PyTorch's back, or to free their memory.
@@ -41,14 +48,17 @@ def apply_precision(
         _require_layers(config, len(layers), in_fp8)
         _require_sizes(model, config.precision, in_fp8)
         fp8 = load_fp8_products(config.precision, device, config.kernels.fp8_gemm)
-    if device.type != "cuda" or autocast_dtype is not torch.bfloat16:
-        return []  # on the CPU autocast itself casts, as it always did
-    rounded = RoundedProducts()
+    # On the CPU autocast itself casts, as it always did.
+    rounds = device.type == "cuda" and autocast_dtype is torch.bfloat16 and not gathered
+    rounded = RoundedProducts() if rounds else None
     copies = []
     for index, layer in enumerate(layers):
+        products = fp8 if index in in_fp8 else rounded
+        if products is None:
+            continue
         for module in layer.modules():
             if isinstance(module, Linear):
-                module.weight_copy = WeightCopy(fp8 if fp8 is not None and index in in_fp8 else rounded)
+                module.weight_copy = WeightCopy(products, keep=not gathered)
                 copies.append(module.weight_copy)
     return copies
 

@@ -46,6 +46,9 @@ from nanotrain.runtime.distributed import World, from_all
 class TorchEngine(RootEngine):
     """A whole model on this rank's device; several ranks average their gradients. See `Engine` for the methods."""
 
+    _gathers_weights = False
+    """Whether a weight is whole only while its layer runs."""
+
     def __init__(
         self,
         config: EngineConfig,
@@ -61,7 +64,9 @@ class TorchEngine(RootEngine):
         self._host = HostSnapshot(self.device)
         self.model_config = model.config
         choose_kernels(config.kernels.choices(), self.device)
-        self._weight_copies = apply_precision(model, config, self.device, self._autocast_dtype)
+        self._weight_copies = apply_precision(
+            model, config, self.device, self._autocast_dtype, gathered=self._gathers_weights
+        )
         self._advice = OutOfMemoryAdvice(config, model.config, training, self.device)
         self._optimizer: torch.optim.AdamW | LowPrecisionAdamW | None = None
         self._in_backward: OptimizerInBackward | None = None

@@ -1,8 +1,8 @@
 """FSDP2: every rank keeps its rows of each weight, gradient and optimizer state, and gathers a layer when it runs.
 
-Two kinds of groups. A layer's matrices are gathered in the dtype of the products, because autocast would round them to it
-anyway; a Mamba layer has two such groups, one on either side of its scan. All else is in the root's group, in fp32 as
-under autocast: embeddings, output head and the small vectors (norms, convolution, A_log, D, dt_bias).
+Two kinds of groups. A layer's matrices are gathered in bf16 where autocast would round them to it anyway, and FP8 copies
+are made of what was gathered; a Mamba layer has two such groups, one on either side of its scan. All else is in the root's
+group, in fp32 as under autocast: embeddings, output head and the small vectors (norms, convolution, A_log, D, dt_bias).
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from nanotrain.config.engine import FP8_PRECISIONS, EngineConfig
+from nanotrain.config.engine import EngineConfig
 from nanotrain.config.errors import UserError
 from nanotrain.config.training import ParameterDtype, StateDtype, TrainingConfig
 from nanotrain.engines.parameters import global_norm, place_model
@@ -25,21 +25,16 @@ from nanotrain.losses.base import LossFn
 from nanotrain.model.batch import MicroBatch
 from nanotrain.model.head import HeadWeight
 from nanotrain.model.hybrid import HybridModel, build_meta_model
-from nanotrain.model.linear import Linear
 from nanotrain.model.mixers import MambaMixer
 
 
 class Fsdp2Engine(TorchEngine):
     """A model divided over the ranks. Between calls every weight is this rank's rows of it."""
 
+    _gathers_weights = True
+
     def _build_root(self, config: EngineConfig, training: TrainingConfig | None) -> TrainingRoot:
-        _refuse_what_needs_whole_tensors(config, training)
-        for copy in self._weight_copies:
-            copy.drop()
-        for module in self._model.backbone.layers.modules():
-            if isinstance(module, Linear):
-                module.weight_copy = None  # a gathered weight is in the products' dtype already
-        self._weight_copies = []
+        _refuse_what_needs_whole_tensors(training)
         self._reduce_always = config.fsdp2.reduce_every_micro_batch
         on_meta = any(parameter.is_meta for parameter in self._model.parameters())
         if not on_meta:
@@ -115,13 +110,8 @@ def _matrix_modules(mixer: nn.Module) -> list[nn.Module]:
     return [mixer.in_proj, mixer.out_proj] if isinstance(mixer, MambaMixer) else [mixer]
 
 
-def _refuse_what_needs_whole_tensors(config: EngineConfig, training: TrainingConfig | None) -> None:
+def _refuse_what_needs_whole_tensors(training: TrainingConfig | None) -> None:
     start = "`engine.data_parallel` (fsdp2) divides every tensor over the ranks, and"
-    if config.precision in FP8_PRECISIONS:
-        raise UserError(
-            f"{start} `engine.precision` ({config.precision.value}) scales blocks of whole weights; use bf16, or"
-            " data_parallel=ddp."
-        )
     if training is None:
         return
     optimizer, path = training.optimizer, "stage.training.optimizer"

@@ -88,13 +88,17 @@ class WeightCopy:
     must be followed by `drop`.
     """
 
-    def __init__(self, products: QuantizedProducts) -> None:
+    def __init__(self, products: QuantizedProducts, *, keep: bool = True) -> None:
+        """Args: products: the library. keep: False makes a copy for each use, for weights that are whole only then."""
         self.products = products
+        self._keep = keep
         self._copy: Quantized | None = None
         self._version = -1
 
     def of(self, weight: Tensor) -> Quantized:
         """Return the copy of `weight` [N, K] as it is now."""
+        if not self._keep:
+            return self.products.quantize_weight(weight.detach())
         if self._copy is None or self._version != weight._version:
             self._copy = self.products.quantize_weight(weight.detach())
             self._version = weight._version
@@ -105,7 +109,7 @@ class WeightCopy:
         self._copy = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "WeightCopy":
-        return WeightCopy(self.products)
+        return WeightCopy(self.products, keep=self._keep)
 
 
 def linear(x: Tensor, weight: Tensor, copy: WeightCopy | None = None) -> Tensor:

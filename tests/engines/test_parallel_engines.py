@@ -7,18 +7,20 @@ came back.
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from nanotrain.checkpoint.hf_folder import load_state_dict, save_model
-from nanotrain.config.engine import ActivationCheckpointingConfig, Precision
+from nanotrain.config.engine import ActivationCheckpointingConfig, EngineConfig, Precision
 from nanotrain.config.errors import UserError
 from nanotrain.config.parallel import DataParallel, Fsdp2Config
 from nanotrain.config.training import ParameterDtype, StateDtype
-from nanotrain.engines import build_engine
+from nanotrain.engines import build_engine, precision
 from nanotrain.losses.language_modeling import CrossEntropy
 from nanotrain.model.hybrid import HybridModel, build_meta_model
+from nanotrain.ops.fp8 import EmulatedProducts, Quantized
 from tests.conftest import TINY, random_batch
 from tests.engines.parallel_runs import BF16, CLIP, FP32, Numbers, Report, build, close, here, run_kind, train, training
 from tests.ranks import run_ranks
@@ -35,7 +37,32 @@ VARIANTS = {
 """Trained for a few steps only."""
 LOW_PRECISION = {"state_dtype": StateDtype.int8, "parameter_dtype": ParameterDtype.bf16}
 STEPS, RESUMED_AT = 20, 10
+WIDE = replace(
+    TINY, hybrid_layer_pattern="M-M*-", hidden_size=128, intermediate_size=256, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=64, mamba_num_heads=8, mamba_head_dim=16, ssm_state_size=30, n_groups=2,
+)  # fmt: skip
+"""Every matrix has sides that are multiples of 128, which FP8 blocks want."""
+FP8 = replace(FP32, precision=Precision.fp8_blockwise, fp8_bf16_first_layers=1, fp8_bf16_last_layers=1)
 TIED = replace(TINY, tie_word_embeddings=True)
+
+
+class CountedProducts(EmulatedProducts):
+    """FP8 of weights that were rounded to bf16 first, as those that a rank gathers are."""
+
+    quantised = 0
+
+    def quantize_weight(self, weight: torch.Tensor) -> Quantized:
+        CountedProducts.quantised += 1
+        return super().quantize_weight(weight.to(torch.bfloat16))
+
+
+def train_in_fp8(config: EngineConfig) -> tuple[Numbers, int]:
+    """Return two steps in emulated FP8, and how many copies of weights they made."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "load_fp8_products", lambda *_: CountedProducts())
+        engine = build(config, WIDE)
+        CountedProducts.quantised = 0
+        return train(engine, range(2)), CountedProducts.quantised
 
 
 def refusals() -> dict[str, str]:
@@ -55,7 +82,7 @@ def refusals() -> dict[str, str]:
     return said
 
 
-def other_states(folder: Path) -> dict[str, Numbers]:
+def other_states(folder: Path) -> dict[str, Any]:
     """Continue what one process saved as FSDP2, and what DDP saved; load and save what is tied."""
     numbers = {}
     for name in ("one", "ddp"):
@@ -76,6 +103,15 @@ def other_states(folder: Path) -> dict[str, Numbers]:
         save_model(model, folder / f"inference-{here()[0]}")
     bf16 = build(replace(BF16, data_parallel=DataParallel.fsdp2))
     numbers["bf16"] = train(bf16, range(4))
+    kept = Fsdp2Config(reshard_after_forward=False, reduce_every_micro_batch=True)
+    for name, changes in {
+        "fp8": {},
+        "fp8_kept": {"fsdp2": kept},
+        "fp8_checkpointed": {"activation_checkpointing": CHECKPOINTED},
+    }.items():
+        numbers[name], numbers[f"{name}_copies"] = train_in_fp8(
+            replace(FP8, data_parallel=DataParallel.fsdp2, **changes)
+        )
     narrow = build(replace(BF16, data_parallel=DataParallel.ddp), **LOW_PRECISION)
     numbers["low_precision"] = train(narrow, range(4))
     return numbers
@@ -187,6 +223,22 @@ def test_tied_embeddings_bf16_and_low_precision_states(folder, one, ranks):
     for rank in range(2):
         gathered = load_state_dict(folder / f"inference-{rank}")
         assert all(tensor.equal(gathered[name]) for name, tensor in exported.items())
+
+
+def test_fp8_of_gathered_weights(ranks):
+    expected, copies = train_in_fp8(FP8)
+    in_bf16 = train(build(BF16, WIDE), range(2))
+    matrices = 2 + 2 + 4  # of the layers "-M*"
+    assert copies == 2 * matrices  # one for each step
+    assert abs(expected[0][0] / in_bf16[0][0] - 1) > 1e-5  # FP8 differs
+    for _, numbers, _ in ranks:
+        for name in ("fp8", "fp8_kept", "fp8_checkpointed"):
+            close(expected[:1], numbers[name][:1], loss=1e-6, norm=1e-4)
+            # AdamW's first update follows the sign of a gradient that is reduced from bf16.
+            close(expected[1:], numbers[name][1:], loss=5e-3, norm=5e-2)
+        # Forward and backward of this rank's two micro-batches of each step; checkpointed layers run forward twice.
+        assert numbers["fp8_copies"] == numbers["fp8_kept_copies"] == 2 * 2 * 2 * matrices
+        assert numbers["fp8_checkpointed_copies"] == 2 * 2 * 3 * matrices
 
 
 def test_what_cannot_be_divided_is_refused_by_name(ranks):
