@@ -78,6 +78,51 @@ for ids in (None, random_segments(batch, length, 9, generator)):
     got = ssd_pairs_triton.pair_gradients(x, grad, dt, decay, scores, None if ids is None else index)
     assert relative_error(got[0], want_scores) < 1e-5 and relative_error(got[1], want_decay) < 1e-5
 """,
+    "states": """
+from nanotrain.ops.gpu import ssd_states_triton
+from nanotrain.ops.segments import segment_indices
+from tests.ops.comparison import relative_error
+ssd_states_triton._PART = 16
+batch, length, groups, heads, width, size, chunk, chunks = 2, 75, 2, 6, 24, 32, 32, 3
+wide, x, grad = randn(batch, length, 2 * groups * size + 5), randn(batch, length, heads, width), randn(batch, length, heads, width)
+B, C = (wide[..., start : start + groups * size].unflatten(-1, (groups, size)) for start in (0, groups * size))
+dt, rates = torch.rand(batch, heads, chunks * chunk, generator=generator), -torch.rand(heads, 1, generator=generator)
+dt[..., length:] = 0.0
+decay = (dt * rates).unflatten(-1, (chunks, chunk)).cumsum(-1)
+dt = dt.unflatten(-1, (chunks, chunk))
+places = torch.arange(length)
+documents = torch.stack([(places >= 10).int() + (places >= 70).int(), (places >= 31).int() + (places >= 40).int()])
+for ids in (None, documents):  # the first row has one over the second chunk, the second row a border at a chunk's end
+    index = None if ids is None else segment_indices(ids)
+    number = torch.zeros(batch, length, dtype=torch.int32) if index is None else index
+    # A sequential recurrence in fp64 that autograd differentiates: `whole` stands for each chunk's decay.
+    whole = decay[..., -1].double().requires_grad_()
+    leaving = [torch.zeros(batch, heads, width, size, dtype=torch.float64).requires_grad_() for _ in range(chunks)]
+    state, entered, output = torch.zeros(batch, heads, width, size, dtype=torch.float64), [], 0.0
+    expand = lambda t: t.double().repeat_interleave(heads // groups, 1)
+    for c in range(chunks):
+        entered.append(state)
+        last = min(c * chunk + chunk, length) - 1
+        added = torch.zeros_like(state)
+        for t in range(c * chunk, last + 1):
+            i = t - c * chunk
+            for b in range(batch):
+                if c and number[b, t] == number[b, c * chunk - 1]:
+                    read = torch.einsum("hpn,hn->hp", state[b], expand(C[b, t][None])[0]) * decay[b, :, c, i].double().exp()[:, None]
+                    output = output + (read * grad[b, t]).sum()
+                if number[b, t] == number[b, last]:
+                    weight = dt[b, :, c, i] * (decay[b, :, c, -1] - decay[b, :, c, i]).exp()
+                    added[b] += torch.einsum("hp,hn->hpn", x[b, t].double() * weight[:, None].double(), expand(B[b, t][None])[0])
+        same = torch.tensor([c == 0 or bool(number[b, c * chunk - 1] == number[b, last]) for b in range(batch)])
+        state = state * whole[:, :, c, None, None].exp() * same[:, None, None, None] + added + leaving[c]
+    got = ssd_states_triton.states_before_chunks(x, dt, decay, B, index)
+    assert relative_error(got, torch.stack(entered, 1)) < 1e-5
+    output.backward()
+    gradients, by_decay = ssd_states_triton.gradients_of_states(grad, decay, C, got, index)
+    want = torch.stack([torch.zeros_like(g) if g.grad is None else g.grad for g in leaving], 1)
+    assert relative_error(gradients, want) < 1e-5 and relative_error(by_decay, whole.grad) < 1e-5
+    assert want[:, 0].abs().max() > 1 and whole.grad.abs().max() > 1 and not want[:, -1].any()
+""",
     "fp8": """
 from nanotrain.ops.fp8 import quantize_tiles_ref, squared_relu_quantised_ref
 from nanotrain.ops.gpu.fp8_tiles_triton import PLAIN, quantise_tiles, squared_relu_quantised

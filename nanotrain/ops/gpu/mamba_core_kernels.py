@@ -14,26 +14,21 @@ from causal_conv1d.cpp_functions import (  # pyright: ignore[reportMissingImport
 from mamba_ssm.ops.triton.ssd_bmm import _bmm_chunk_bwd, _bmm_chunk_fwd  # pyright: ignore[reportMissingImports]
 from mamba_ssm.ops.triton.ssd_chunk_scan import (  # pyright: ignore[reportMissingImports]
     _chunk_scan_bwd_dC,
-    _chunk_scan_bwd_dstates,
     _chunk_scan_fwd,
 )
 from mamba_ssm.ops.triton.ssd_chunk_state import (  # pyright: ignore[reportMissingImports]
     _chunk_cumsum_bwd,
     _chunk_cumsum_fwd,
     _chunk_state_bwd_db,
-    _chunk_state_fwd,
 )
 from mamba_ssm.ops.triton.ssd_combined import _chunk_scan_chunk_state_bwd_dx  # pyright: ignore[reportMissingImports]
-from mamba_ssm.ops.triton.ssd_state_passing import (  # pyright: ignore[reportMissingImports]
-    _state_passing_bwd,
-    _state_passing_fwd,
-)
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanotrain.ops.gpu import gated_norm_triton
 from nanotrain.ops.gpu.mamba_ssm_kernels import power_of_two
 from nanotrain.ops.gpu.ssd_pairs_triton import pair_gradients
+from nanotrain.ops.gpu.ssd_states_triton import gradients_of_states, states_before_chunks
 from nanotrain.ops.gpu.tuned_configs import restrict_to_tuned
 from nanotrain.ops.mamba_layout import MambaParameters, MambaSizes, split_heads
 from nanotrain.ops.segments import segment_indices
@@ -51,11 +46,7 @@ class _MambaCore(torch.autograd.Function):
         x, B, C = split_heads(convolved, sizes)
         A = -torch.exp(p.A_log.float())
         decay, dt = _chunk_cumsum_fwd(dt, A, chunk, dt_bias=p.dt_bias.float(), dt_softplus=True)
-        states = _chunk_state_fwd(B, x, dt, decay, seq_idx=index, states_in_fp32=True)
-        states, _ = _state_passing_fwd(
-            states.flatten(3), decay[..., -1], seq_idx=index, chunk_size=chunk, out_dtype=x.dtype
-        )
-        states = states.unflatten(3, (sizes.head_dim, -1))
+        states = states_before_chunks(x, dt, decay, B, index)
         scores = _bmm_chunk_fwd(C, B, chunk, seq_idx=index, output_dtype=torch.float32)
         y, _ = _chunk_scan_fwd(scores, x, dt, decay, C, states, D=p.D.float(), seq_idx=index)
         y = y.view(-1, sizes.inner)
@@ -116,18 +107,7 @@ def _scan_backward(
     dt, decay, states, index = kept
     groups, chunk = B.shape[2], dt.shape[-1]
     scores = _bmm_chunk_fwd(C, B, chunk, seq_idx=index, output_dtype=torch.float32)
-    grad_states = _chunk_scan_bwd_dstates(C, decay, grad_y, seq_idx=index, dtype=torch.float32)
-    grad_states, grad_chunk_decay, _, _ = _state_passing_bwd(
-        states.flatten(3),
-        decay[..., -1],
-        grad_states.flatten(3),
-        seq_idx=index,
-        has_initial_states=False,
-        dstates_dtype=x.dtype,
-        states_dtype=x.dtype,
-        chunk_size=chunk,
-    )
-    grad_states = grad_states.view(states.shape)
+    grad_states, grad_chunk_decay = gradients_of_states(grad_y, decay, C, states, index)
     D = p.D.float()
     _, grad_scaled_dt, grad_D = _chunk_scan_chunk_state_bwd_dx(
         x, dt, decay, B, scores, grad_y, grad_states, D=D, seq_idx=index, dx=grad_x
