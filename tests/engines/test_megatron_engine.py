@@ -46,6 +46,8 @@ FOUR_RANKS = {
     "tp2_pp2_sp": Layout(tp=2, pp=2, sp=True),
     "tp2_dp2": Layout(tp=2, options={"distributed_optimizer": False}),
     "tp2_dp2_sp": Layout(tp=2, sp=True),
+}
+CONTEXT_RANKS = {
     "tp2_cp2_sp": Layout(tp=2, cp=2, sp=True),
     "tp2_cp2_sp_plain": Layout(tp=2, cp=2, sp=True, packed=False),
     "cp2_pp2": Layout(cp=2, pp=2, options={"recompute": Recompute.selective}),
@@ -99,7 +101,7 @@ def test_two_ranks_train_like_one_process(reference, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layouts", "num_ranks"), [(ONE_RANK, 1), (TWO_RANKS, 2), (FOUR_RANKS, 4)])
+@pytest.mark.parametrize(("layouts", "num_ranks"), [(ONE_RANK, 1), (TWO_RANKS, 2), (FOUR_RANKS, 4), (CONTEXT_RANKS, 4)])
 def test_twenty_steps_under_every_layout(reference, tmp_path, layouts, num_ranks):
     check_layouts(layouts, num_ranks, NUM_STEPS, reference, tmp_path)
 
