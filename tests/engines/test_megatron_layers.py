@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from nanotrain.engines.megatron_batch import SequenceSplit
 from nanotrain.engines.megatron_documents import ChunkDocuments, attend_documents, chunk_documents
 from nanotrain.ops.attention import attention_ref
+from tests.engines.megatron_ranks import SMALL
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
-from nanotrain.engines import megatron_layers
+from nanotrain.engines import megatron_layers, megatron_model
 
 
 class StandIn(nn.Module):
@@ -81,3 +82,26 @@ def test_a_failure_leaves_the_ranks_in_place(monkeypatch):
     with pytest.raises(AssertionError, match="unwritten"):
         call(module, torch.zeros(7, 1, 8), torch.zeros(7, 1, 8), chunks)
     assert module.cp_group == "ranks"
+
+
+@pytest.mark.parametrize("context_parallel", [1, 2])
+def test_stock_layers_change_under_context_parallelism_only(monkeypatch, context_parallel):
+    def holding(**content: object) -> SimpleNamespace:
+        return SimpleNamespace(submodules=SimpleNamespace(**content))
+
+    attention = holding(core_attention=StandIn)
+    stock = holding(
+        mamba_layer=holding(mixer=SimpleNamespace(module="stock", params={})),
+        attention_layer=holding(self_attention=attention),
+    )
+    monkeypatch.setattr(megatron_model, "hybrid_stack_spec", stock)
+    spec = megatron_model._stock_spec(SMALL, SimpleNamespace(context_parallel_size=context_parallel)).submodules
+    mixer, core = spec.mamba_layer.submodules.mixer, spec.attention_layer.submodules.self_attention.submodules
+    assert mixer.params == {"chunk_size": SMALL.chunk_size, "d_conv": SMALL.conv_kernel}
+    if context_parallel == 1:
+        assert mixer.module == "stock" and core.core_attention is StandIn
+    else:
+        assert mixer.module is megatron_layers.RowMambaMixer
+        query = torch.randn(8, 2, 4, 8)
+        assert call(core.core_attention(), query, query, None) is query
+    assert attention.submodules.core_attention is StandIn, "Megatron's own description is left alone"
