@@ -146,7 +146,7 @@ class DocumentAttention:
             qkv_format="thd",
             cu_seqlens_q=documents.cu_seqlens_q,
             cu_seqlens_kv=documents.cu_seqlens_kv,
-            # Bounds, not the longest: cuDNN plans for the number of tokens, and these ask it for fewer plans.
+            # Bounds, not the longest: cuDNN's plans go by the number of tokens, and want no fewer keys than queries.
             max_seqlen_q=q.shape[0],
             max_seqlen_kv=k.shape[0],
         )
