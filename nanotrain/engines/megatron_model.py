@@ -17,7 +17,6 @@ from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.ssm.mamba_mixer import MAMBA_HAS_STATE_DTYPE
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
@@ -32,7 +31,7 @@ from nanotrain.config.megatron import Recompute
 from nanotrain.config.model import ModelConfig
 from nanotrain.engines.base import StateWriter
 from nanotrain.engines.megatron_batch import LocalBatch
-from nanotrain.engines.megatron_layers import torch_stack_spec
+from nanotrain.engines.megatron_layers import DocumentAttention, PackedDocuments, RowMambaMixer, torch_stack_spec
 from nanotrain.losses.base import LossFn, LossOutput
 from nanotrain.model.head import HeadWeight, OutputHead
 from nanotrain.ops.squared_relu import squared_relu
@@ -144,7 +143,7 @@ class MegatronRoot(HybridModel):
         """
         batch = local.batch
         x = self.embedding(input_ids=batch.input_ids, position_ids=None) if self.pre_process else None
-        x = self.decoder(hidden_states=x, attention_mask=None, packed_seq_params=_packed_seq_params(local))
+        x = self.decoder(hidden_states=x, attention_mask=None, packed_seq_params=_documents(local))
         if not self.post_process:
             return x
         if self.config.sequence_parallel:
@@ -176,25 +175,27 @@ class MegatronRoot(HybridModel):
         return HeadWeight(weight, shard)
 
 
-def _packed_seq_params(local: LocalBatch) -> PackedSeqParams | None:
+def _documents(local: LocalBatch) -> PackedDocuments | None:
     if local.cu_seqlens is None:
         return None
-    return PackedSeqParams(
+    return PackedDocuments(
         qkv_format="thd",
         cu_seqlens_q=local.cu_seqlens,
         cu_seqlens_kv=local.cu_seqlens,
         max_seqlen_q=local.longest,
         max_seqlen_kv=local.longest,
         total_tokens=local.num_positions,  # from which it derives seq_idx for convolution and scan
+        chunks=local.chunks,
     )
 
 
 def build_root(model: ModelConfig, engine: EngineConfig, config: TransformerConfig, *, on_gpu: bool) -> MegatronRoot:
     """Return this rank's part of the model on its device; the weights are arbitrary."""
     stages = stage_layers(model.num_hidden_layers, engine.megatron)
+    spec = _stock_spec(model, config) if on_gpu else torch_stack_spec(model.chunk_size, model.conv_kernel)
     root = MegatronRoot(
         config=config,
-        hybrid_stack_spec=_stock_spec(model) if on_gpu else torch_stack_spec(model.chunk_size, model.conv_kernel),
+        hybrid_stack_spec=spec,
         vocab_size=padded_vocab_size(model.vocab_size, engine.megatron.tensor_parallel),
         max_sequence_length=model.max_position_embeddings,
         hybrid_layer_pattern="|".join(model.hybrid_layer_pattern[s.start : s.stop] for s in stages),
@@ -213,11 +214,15 @@ def build_root(model: ModelConfig, engine: EngineConfig, config: TransformerConf
     return root
 
 
-def _stock_spec(model: ModelConfig) -> ModuleSpec:
+def _stock_spec(model: ModelConfig, config: TransformerConfig) -> ModuleSpec:
     """Return Megatron's layers of Transformer Engine and mamba-ssm with the model's chunk and kernel sizes."""
     spec = copy.deepcopy(hybrid_stack_spec)
     mixer = spec.submodules.mamba_layer.submodules.mixer
     mixer.params = {"chunk_size": model.chunk_size, "d_conv": model.conv_kernel}
+    if config.context_parallel_size > 1:
+        mixer.module = RowMambaMixer
+        attention = spec.submodules.attention_layer.submodules.self_attention.submodules
+        attention.core_attention = type("RowAttention", (DocumentAttention, attention.core_attention), {})
     return spec
 
 

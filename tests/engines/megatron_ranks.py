@@ -41,12 +41,13 @@ SEED, TEACHER_SEED, LEARNING_RATE = 3, 4, 1e-3
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of `engine.megatron`; ranks left over are data-parallel."""
+    """Sizes of `engine.megatron`, and whether rows hold several documents; ranks left over are data-parallel."""
 
     tp: int = 1
     pp: int = 1
     cp: int = 1
     sp: bool = False
+    packed: bool = True
     options: dict[str, Any] = field(default_factory=dict)
 
     def config(self) -> MegatronConfig:
@@ -58,11 +59,6 @@ class Layout:
             sequence_parallel=self.sp,
             **self.options,
         )
-
-    @property
-    def packed(self) -> bool:
-        """Context parallelism takes one document a row."""
-        return self.cp == 1
 
 
 @dataclass(frozen=True)
