@@ -43,6 +43,8 @@ mkdir -p "$out"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
 # NVLink multicast stays off: a program that dies while using it can take the GPUs of the host with it.
 export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
+# The ranks are on one machine, which need not have a network or know its own name.
+export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 status=0
@@ -50,7 +52,7 @@ for part; do
   # A case that ends its rank (out of memory, a hang) must not take the measurements after it along.
   restarts=0
   if [[ " speed long distill " == *" $part "* ]]; then restarts=8; fi
-  "$PYTHON" -m torch.distributed.run --standalone --max-restarts "$restarts" --nproc-per-node "$gpus" -m "tests.multi_gpu.$part" \
+  "$PYTHON" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --max-restarts "$restarts" --nproc-per-node "$gpus" -m "tests.multi_gpu.$part" \
     --out "$out/$part.jsonl" "${device[@]}" || status=1
 done
 exit $status

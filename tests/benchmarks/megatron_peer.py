@@ -139,8 +139,12 @@ def step_of(model: HybridModel, ids: Tensor, labels: Tensor) -> Callable[[Callab
     return step
 
 
-def training_loop_of(model: HybridModel, batches: Sequence[MicroBatch], learning_rate: float) -> Callable[[], None]:
-    """Return one optimizer step on micro-batches as a bare Megatron-Core program does it; loss and norm come to the host.
+def training_loop_of(
+    model: HybridModel, batches: Sequence[MicroBatch], learning_rate: float
+) -> Callable[[], tuple[float, float]]:
+    """Return one optimizer step on micro-batches as a bare Megatron-Core program does it.
+
+    It returns this rank's loss, a token's mean, and the gradient norm: both come to the host, as ours do.
 
     Data-parallel ranks each give their own micro-batches; gradients are reduced behind the backward pass, as ours are.
     """
@@ -182,7 +186,9 @@ def training_loop_of(model: HybridModel, batches: Sequence[MicroBatch], learning
 
         return losses, reduce
 
-    def step() -> None:
+    num_tokens = sum(batch.labels.numel() for batch in batches)
+
+    def step() -> tuple[float, float]:
         ddp.zero_grad_buffer()
         optimizer.zero_grad()
         losses = get_forward_backward_func()(
@@ -190,7 +196,7 @@ def training_loop_of(model: HybridModel, batches: Sequence[MicroBatch], learning
             seq_length=length, micro_batch_size=1, forward_only=False,
         )  # fmt: skip
         _, norm, _ = optimizer.step()
-        float(sum(losses)), float(norm)
+        return float(sum(losses)) / num_tokens, float(norm)
 
     ddp.train()
     return step

@@ -8,10 +8,12 @@ import argparse
 import gc
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from traceback import print_exception
 from types import TracebackType
 from typing import NamedTuple
 
@@ -159,7 +161,10 @@ class _Noted:
             self.refused = reason
             return True
         self._progress.note(failed=self._name, rank=current_world().rank, reason=reason)
-        return False
+        # At once: NCCL may wait for the other ranks while Python takes the process down in order.
+        print_exception(error)
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def options_of(budget_seconds: float) -> argparse.Namespace:

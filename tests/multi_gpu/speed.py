@@ -92,13 +92,15 @@ def run_beside_bare(name: str, layout: MegatronConfig, bench: Bench) -> None:
     )
     bare = megatron_peer.training_loop_of(model, ours.batches, LEARNING_RATE)
     times = rotating({"nanotrain": ours, "bare": bare}, ROUNDS, bench.wait, WARMUP)
+    bare_loss, bare_norm = bare()
+    told = {"nanotrain": ours.told(), "bare": {"loss": bare_loss, "grad_norm": bare_norm}}
     for loop, seconds in times.items():
         bench.row(
             f"{name} {loop}",
             **described(trial, full),
             **times_of(bench, trial, seconds),
             **ratios(times["bare"], seconds),
-            **(ours.told() if loop == "nanotrain" else {}),
+            **told[loop],
         )
 
 
@@ -134,7 +136,7 @@ def alone(bench: Bench) -> Sequence[Case]:
 
 
 def run_alone(bench: Bench) -> None:
-    """Measure one GPU in a process of its own, while the ranks wait without having touched theirs."""
+    """Measure one GPU in a process of its own, while the ranks wait with nothing on theirs."""
     file = alone_file(bench)
 
     def child() -> None:
