@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from enum import Enum
 from pathlib import Path
 from traceback import print_exception
 from types import TracebackType
@@ -35,6 +36,8 @@ COLLECTIVE_TIMEOUT = timedelta(seconds=90)
 """Longer than ranks compile kernels apart from each other; a rank that waits so long ends."""
 LEAST_SECONDS = 15
 """A case does not begin with less of the part's time left."""
+SMALLER = 0.85
+"""Of the memory, for a second try at a case that the plan put too close to it."""
 REHEARSAL_BYTES = 2_800_000
 """Of a pretended GPU on CPU ranks, so that depths are reduced there too."""
 
@@ -54,6 +57,8 @@ class Bench:
         self.ranks, self.is_first = current_world().size, current_world().is_first
         self.device = Device.cpu if self.cpu else Device.cuda
         self._results = Results(self.out)
+        self.memory_share = 1.0
+        self.warmup, self.rounds = (0, 1) if self.cpu else (1, 5)
         self.card = "CPU" if self.cpu else torch.cuda.get_device_name()
 
     def row(self, name: str, **values: object) -> None:
@@ -61,10 +66,10 @@ class Bench:
         self._results.row(self.part, name, **({"ranks": self.ranks, "card": self.card} | values))
 
     def free_bytes(self) -> int:
-        """Return what the fullest GPU has left."""
+        """Return what the fullest GPU has left for a case; less of it where the case ran out of memory before."""
         self.free()
         free = REHEARSAL_BYTES if self.cpu else torch.cuda.mem_get_info()[0]
-        return min(from_all(free))
+        return int(self.memory_share * min(from_all(free)))
 
     def free(self) -> None:
         """Give back what the last case held, and count peaks anew."""
@@ -167,6 +172,31 @@ class _Noted:
         os._exit(1)
 
 
+class _Again(Enum):
+    first = "not begun yet"
+    smaller = "ran out of memory once"
+
+
+def _report_failure(bench: Bench, name: str, earlier: list[dict[str, object]]) -> "_Again | None":
+    """Write how a case of an earlier start failed; return whether it is to run now."""
+    starts = sum(line.get("started") == name for line in earlier)
+    if not starts:
+        return _Again.first
+    last = max(index for index, line in enumerate(earlier) if line.get("started") == name)
+    reasons = sorted({str(line["reason"]) for line in earlier[last:] if line.get("failed") == name})
+    bench.row(name, failed="; ".join(reasons) or "a rank ended without a word")
+    out_of_memory = any("memory" in reason for reason in reasons)
+    return _Again.smaller if out_of_memory and starts == 1 else None
+
+
+def _run_case(bench: Bench, name: str, run: Callable[[Bench], None], progress: _Progress) -> None:
+    with _Noted(progress, name, bench.is_first) as noted:
+        run(bench)
+    refusals = [reason for reason in from_all(noted.refused) if reason is not None]
+    if refusals:
+        bench.row(name, failed=refusals[0])
+
+
 def options_of(budget_seconds: float) -> argparse.Namespace:
     """Read a part's command line."""
     parser = argparse.ArgumentParser()
@@ -193,26 +223,23 @@ def run_part(part: str, cases: Callable[[Bench], Sequence[Case]], options: argpa
     progress = _Progress(options.out)
     earlier = progress.begin(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)
     ended = {line["ended"] for line in earlier if "ended" in line}
-    started = {line["started"] for line in earlier if "started" in line}
-    is_first = current_world().is_first
     for name, run in cases(bench):
         if name in ended:
             continue
-        if name in started:
-            reasons = sorted({str(line["reason"]) for line in earlier if line.get("failed") == name})
-            bench.row(name, failed="; ".join(reasons) or "a rank ended without a word")
-        elif from_first(time.time()) - float(earlier[0]["began"]) > options.budget - LEAST_SECONDS:  # type: ignore[arg-type]
-            bench.row(name, not_run=f"the part's {options.budget:g} seconds are over")
-        else:
-            with _Noted(progress, name, is_first) as noted:
-                run(bench)
-            refusals = [reason for reason in from_all(noted.refused) if reason is not None]
-            if refusals:
-                bench.row(name, failed=refusals[0])
-        if is_first:
+        seconds = from_first(time.time()) - float(earlier[0]["began"])  # type: ignore[arg-type]
+        late = None
+        if seconds > options.budget - LEAST_SECONDS:
+            late = f"the part's {options.budget:g} seconds are over"
+        again = _report_failure(bench, name, earlier)
+        if again and late is None:
+            bench.memory_share = 1.0 if again is _Again.first else SMALLER
+            _run_case(bench, name, run, progress)
+        elif again is _Again.first:
+            bench.row(name, not_run=late)
+        if bench.is_first:
             progress.note(ended=name)
         bench.free()
-    if is_first:
+    if bench.is_first:
         print(table(part, options.out), flush=True)
     stop_ranks()
 

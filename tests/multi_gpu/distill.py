@@ -17,7 +17,7 @@ from nanotrain.planning.step_time import micro_batch_seconds
 from nanotrain.training.teacher import TeacherLoader
 from tests.benchmarks.measure import rotating, spread
 from tests.multi_gpu.cases import Bench, Case, options_of, run_part
-from tests.multi_gpu.steps import ROUNDS, FixedBatches, memory_of
+from tests.multi_gpu.steps import FixedBatches, memory_of
 from tests.multi_gpu.trials import (
     LEARNING_RATE,
     PEAK_OPERATIONS,
@@ -33,7 +33,7 @@ from tests.multi_gpu.trials import (
 
 PART, BUDGET_SECONDS = "distill", 150
 LENGTH, TINY_LENGTH = 8192, 64
-MICRO_BATCHES = 4
+MICRO_BATCHES, TINY_MICRO_BATCHES = 4, 1
 PUBLISHED_TOKENS_PER_SECOND = 2913
 MOST_TENSOR = 4
 """FP8 leaves each rank multiples of 16 of the 9B's 15,680 MLP rows."""
@@ -95,7 +95,8 @@ def planned_seconds(bench: Bench, trial: Trial, teacher: ModelConfig) -> float |
 def run_distillation(name: str, layout: MegatronConfig, bench: Bench) -> None:
     """Time a step; both models as deep as they fit together."""
     full = architecture("9b", cpu=bench.cpu)
-    batch = MICRO_BATCHES * bench.ranks // layout.tensor_parallel
+    each = TINY_MICRO_BATCHES if bench.cpu else MICRO_BATCHES
+    batch = each * bench.ranks // layout.tensor_parallel
     training = training_of(batch, TINY_LENGTH if bench.cpu else LENGTH)
     whole = Trial(full, training, megatron_engine(bench.device, layout), bench.ranks)
 
@@ -110,9 +111,9 @@ def run_distillation(name: str, layout: MegatronConfig, bench: Bench) -> None:
         step = Distillation(trial, student, teacher, ForwardKL(head))
         step()
         bench.lasting_bytes()
-        seconds = rotating({name: step}, ROUNDS, bench.wait, warmup=1)[name]
+        seconds = rotating({name: step}, bench.rounds, bench.wait, bench.warmup)[name]
         memory = memory_of(bench, needed(trial))
-        taught = rotating({name: step.teach}, 3, bench.wait, warmup=0)[name]
+        taught = rotating({name: step.teach}, bench.rounds, bench.wait, warmup=0)[name]
     assert step.result is not None
     planned = planned_seconds(bench, trial, teacher_model)
     bench.row(

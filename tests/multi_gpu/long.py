@@ -6,6 +6,7 @@ were it off as much there as here.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from nanotrain.config.engine import Device

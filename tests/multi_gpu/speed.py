@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,7 @@ from nanotrain.planning.pipeline_stages import padded_vocab_size
 from nanotrain.runtime.distributed import from_first
 from tests.benchmarks.measure import ratios, rotating
 from tests.multi_gpu.cases import Bench, Case, options_of, run_part
-from tests.multi_gpu.steps import ROUNDS, WARMUP, Training, time_training, times_of
+from tests.multi_gpu.steps import Training, time_training, times_of
 from tests.multi_gpu.trials import (
     LEARNING_RATE,
     Trial,
@@ -91,7 +92,7 @@ def run_beside_bare(name: str, layout: MegatronConfig, bench: Bench) -> None:
         layout=layout,
     )
     bare = megatron_peer.training_loop_of(model, ours.batches, LEARNING_RATE)
-    times = rotating({"nanotrain": ours, "bare": bare}, ROUNDS, bench.wait, WARMUP)
+    times = rotating({"nanotrain": ours, "bare": bare}, bench.rounds, bench.wait, 2 * bench.warmup)
     bare_loss, bare_norm = bare()
     told = {"nanotrain": ours.told(), "bare": {"loss": bare_loss, "grad_norm": bare_norm}}
     for loop, seconds in times.items():
@@ -138,17 +139,29 @@ def alone(bench: Bench) -> Sequence[Case]:
 def run_alone(bench: Bench) -> None:
     """Measure one GPU in a process of its own, while the ranks wait with nothing on theirs."""
     file = alone_file(bench)
-
-    def child() -> None:
-        file.unlink(missing_ok=True)
-        inherited = {name: value for name, value in os.environ.items() if not is_launchers(name)}
-        command = [sys.executable, "-m", "tests.multi_gpu.alone", "--out", str(file), *(["--cpu"] if bench.cpu else [])]
-        subprocess.run(command, env=inherited, timeout=ALONE_SECONDS, check=True)
-
-    if bench.is_first:
-        child()
+    problem = start_alone(file, cpu=bench.cpu) if bench.is_first else None
     for row in from_first(rows_of(file)):
         bench.row(row.pop("name"), **{key: value for key, value in row.items() if key != "part"})
+    problem = from_first(problem)
+    if problem is not None:
+        raise UserError(problem)
+
+
+def start_alone(file: Path, *, cpu: bool) -> str | None:
+    """Run alone.py, again where a case ended it; return why it did not come to its end."""
+    file.unlink(missing_ok=True)
+    inherited = {name: value for name, value in os.environ.items() if not is_launchers(name)}
+    command = [sys.executable, "-m", "tests.multi_gpu.alone", "--out", str(file), *(["--cpu"] if cpu else [])]
+    end = time.monotonic() + ALONE_SECONDS
+    for restart in range(4):
+        try:
+            environment = inherited | {"TORCHELASTIC_RESTART_COUNT": str(restart)}
+            done = subprocess.run(command, env=environment, timeout=max(end - time.monotonic(), 1), check=False)
+        except subprocess.TimeoutExpired:
+            return f"the process of one GPU was not done in {ALONE_SECONDS} seconds"
+        if done.returncode == 0:
+            return None
+    return f"the process of one GPU ended with code {done.returncode}"
 
 
 def is_launchers(name: str) -> bool:
@@ -189,18 +202,23 @@ def run_weak(name: str, base: str, engine: EngineConfig, each: int, bench: Bench
 def cases(bench: Bench) -> Sequence[Case]:
     """Return the cases, the most important first; the ones of one GPU before anything has memory on the first."""
     ranks = bench.ranks
-    by_name = layouts(ranks)
-    found = [Case("alone", run_alone)]
-    for name, layout in by_name.items():
-        found.append(Case(name, partial(run_megatron, name, layout)))
-        found.append(Case(f"{name}_beside_bare", partial(run_beside_bare, f"{name}_beside_bare", layout)))
-    weak = f"weak_distributed_optimizer_{ranks}"
-    plain = megatron_engine(bench.device, MegatronConfig())
-    found.append(Case(weak, partial(run_weak, weak, ALONE_MEGATRON, plain, MICRO_BATCHES)))
-    found.append(Case(f"fsdp2_{ranks}", partial(run_fsdp2, f"fsdp2_{ranks}")))
-    weak = f"weak_fsdp2_{ranks}"
-    found.append(Case(weak, partial(run_weak, weak, ALONE_TORCH, torch_engine(bench.device, divided=True), 1)))
-    return found
+    megatron = [
+        [
+            Case(name, partial(run_megatron, name, layout)),
+            Case(f"{name}_beside_bare", partial(run_beside_bare, f"{name}_beside_bare", layout)),
+        ]
+        for name, layout in layouts(ranks).items()
+    ]
+    fsdp2, weak, weak_fsdp2 = f"fsdp2_{ranks}", f"weak_distributed_optimizer_{ranks}", f"weak_fsdp2_{ranks}"
+    plain, divided = megatron_engine(bench.device, MegatronConfig()), torch_engine(bench.device, divided=True)
+    return [
+        Case("alone", run_alone),
+        *megatron[0],
+        Case(fsdp2, partial(run_fsdp2, fsdp2)),
+        Case(weak, partial(run_weak, weak, ALONE_MEGATRON, plain, MICRO_BATCHES)),
+        *(case for cases in megatron[1:] for case in cases),
+        Case(weak_fsdp2, partial(run_weak, weak_fsdp2, ALONE_TORCH, divided, 1)),
+    ]
 
 
 if __name__ == "__main__":

@@ -12,9 +12,6 @@ from tests.benchmarks.measure import rotating, spread
 from tests.multi_gpu.cases import Bench
 from tests.multi_gpu.trials import GIB, LEARNING_RATE, Trial, against_plan, card_of, described
 
-ROUNDS, WARMUP = 5, 2
-"""The first step compiles and tunes kernels, which takes memory of its own: peaks are of the steps after the first."""
-
 
 class FixedBatches:
     """A data-parallel rank's random micro-batches, on the host as a loader leaves them, the same in every step."""
@@ -81,9 +78,9 @@ def time_training(
         more: values that the row has besides.
     """
     training = Training(trial, bench.engine(trial))
-    training()
+    training()  # compiles and tunes kernels, which takes memory of its own: peaks are of the steps after it
     bench.lasting_bytes()
-    seconds = rotating({name: training}, ROUNDS, bench.wait, WARMUP - 1)[name]
+    seconds = rotating({name: training}, bench.rounds, bench.wait, bench.warmup)[name]
     times = times_of(bench, trial, seconds)
     if one_gpu is not None:
         more |= {"one_gpu": one_gpu, "efficiency": times["tokens_per_second_per_gpu"] / one_gpu}
