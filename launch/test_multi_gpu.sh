@@ -49,7 +49,9 @@ export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:Tr
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 status=0
 for part; do
-  # A case that ends its rank (out of memory, a hang) must not take the measurements after it along.
+  # A case that ends its rank (out of memory, a hang) must not take the measurements after it along. Without the variable
+  # ranks that start again find the addresses of the ones before them in torchrun's store, and wait for those.
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
   restarts=0
   if [[ " speed long distill " == *" $part "* ]]; then restarts=8; fi
   "$PYTHON" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --max-restarts "$restarts" --nproc-per-node "$gpus" -m "tests.multi_gpu.$part" \

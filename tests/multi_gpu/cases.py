@@ -183,8 +183,9 @@ def _report_failure(bench: Bench, name: str, earlier: list[dict[str, object]]) -
     if not starts:
         return _Again.first
     last = max(index for index, line in enumerate(earlier) if line.get("started") == name)
-    reasons = sorted({str(line["reason"]) for line in earlier[last:] if line.get("failed") == name})
-    bench.row(name, failed="; ".join(reasons) or "a rank ended without a word")
+    reasons = [str(line["reason"]) for line in earlier[last:] if line.get("failed") == name]
+    # The ranks after the first one that failed lost their connection to it.
+    bench.row(name, failed=reasons[0] if reasons else "a rank ended without a word")
     out_of_memory = any("memory" in reason for reason in reasons)
     return _Again.smaller if out_of_memory and starts == 1 else None
 

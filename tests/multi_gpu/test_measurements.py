@@ -103,6 +103,7 @@ def test_speed_is_rehearsed(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_four_ranks_have_more_layouts(tmp_path):
     rows = rehearse(tmp_path, "long", "distill", gpus=4)
     for row in rows:
@@ -139,6 +140,7 @@ FAILING = """
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_case_that_fails_is_a_row_and_the_next_one_runs(tmp_path):
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
     script = tmp_path / "failing.py"
@@ -146,15 +148,16 @@ def test_a_case_that_fails_is_a_row_and_the_next_one_runs(tmp_path):
     out = tmp_path / "failing.jsonl"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "--max-restarts", "4", str(script), "--cpu", "--out", str(out)]
-    environment = os.environ | QUIET | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | QUIET | {"PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [(row["name"], row.get("failed"), row.get("free")) for row in rows_in(tmp_path, "failing")]
+    (lost,) = (index for index, row in enumerate(rows) if row[0] == "lost")
+    assert rows.pop(lost)[1] is not None  # the other rank's broken connection, where it had time to say so
     assert rows == [
         ("refused", "UserError: `layout` cannot be built.", None),
         ("full_once", "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", None),
         ("full_once", None, int(0.85 * 2_800_000)),
-        ("lost", "a rank ended without a word", None),
         ("fine", None, 2_800_000),
     ]
 
