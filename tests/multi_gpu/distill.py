@@ -13,7 +13,7 @@ from nanotrain.config.model import ModelConfig
 from nanotrain.engines.base import Engine, StepResult
 from nanotrain.losses.distillation import ForwardKL
 from nanotrain.planning.flops import forward_flops
-from nanotrain.planning.step_time import micro_batch_seconds
+from nanotrain.planning.step_time import PRODUCTS, micro_batch_seconds
 from nanotrain.training.teacher import TeacherLoader
 from tests.benchmarks.measure import rotating, spread
 from tests.multi_gpu.cases import Bench, Case, options_of, run_part
@@ -82,13 +82,14 @@ class Distillation:
 
 
 def planned_seconds(bench: Bench, trial: Trial, teacher: ModelConfig) -> float | None:
-    """Return the plan's step of the student and forward passes of the teacher."""
+    """Return the plan's step of the student, and forward passes of the teacher with its head."""
     card = card_of(bench.card)
     step = trial.planned_time(card)
     if step is None:
         return None
     length, tensor = trial.training.sequence_length, trial.engine.megatron.tensor_parallel
     forward = micro_batch_seconds(teacher, trial.engine, length, length, card, backward=False)
+    forward += 2 * length * teacher.vocab_size * teacher.hidden_size / PRODUCTS[False]
     return step.total + trial.micro_batches * forward / tensor
 
 
