@@ -54,7 +54,7 @@ for part; do
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
   restarts=0
   if [[ " speed long distill " == *" $part "* ]]; then restarts=8; fi
-  "$PYTHON" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --max-restarts "$restarts" --nproc-per-node "$gpus" -m "tests.multi_gpu.$part" \
-    --out "$out/$part.jsonl" "${device[@]}" || status=1
+  "$PYTHON" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --max-restarts "$restarts" \
+    --nproc-per-node "$gpus" -m "tests.multi_gpu.$part" --out "$out/$part.jsonl" "${device[@]}" || status=1
 done
 exit $status

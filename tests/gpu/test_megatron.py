@@ -119,3 +119,15 @@ def test_two_ranks_on_one_gpu_train_like_the_torch_engine(precision):
     expected = {name: packed if layout.context_parallel == 1 else plain for name, layout in LAYOUTS.items()}
     for found in run_ranks(run_layouts, 2, precision, LAYOUTS, True):
         compare(found, expected, precision)
+
+
+def test_mamba_ssm_starts_with_the_shipped_launch_parameters():
+    """Megatron's mixer calls mamba-ssm itself; untuned, its first step on a fresh machine times variants for over a minute."""
+    from megatron.core import parallel_state
+
+    from nanotrain.ops.gpu.tuned_configs import tuners
+
+    build(Precision.bf16, MegatronConfig())
+    parallel_state.destroy_model_parallel()
+    left = {name: len(tuner.configs) for name, tuner in tuners().items()}
+    assert left["_chunk_scan_fwd_kernel"] == left["_chunk_state_fwd_kernel"] == 1, left

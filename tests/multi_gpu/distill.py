@@ -31,7 +31,7 @@ from tests.multi_gpu.trials import (
     training_of,
 )
 
-PART, BUDGET_SECONDS = "distill", 150
+PART, BUDGET_SECONDS = "distill", 125
 LENGTH, TINY_LENGTH = 8192, 64
 MICRO_BATCHES, TINY_MICRO_BATCHES = 4, 1
 PUBLISHED_TOKENS_PER_SECOND = 2913

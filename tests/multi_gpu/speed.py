@@ -35,7 +35,7 @@ from tests.multi_gpu.trials import (
     training_of,
 )
 
-PART, BUDGET_SECONDS, ALONE_SECONDS = "speed", 250, 130
+PART, BUDGET_SECONDS, ALONE_SECONDS = "speed", 220, 130
 LENGTH, TINY_LENGTH = 8192, 64
 MICRO_BATCHES = 2
 """Of a data-parallel rank under Megatron; the torch engine takes one, because FSDP2 keeps whole gradients between several."""
