@@ -230,3 +230,15 @@ def test_a_long_row_needs_no_mask_in_memory(row_attention):
         peak = (torch.cuda.max_memory_allocated() - before) / 2**30
         print(f"{len(lengths)} documents: {start.elapsed_time(end):.1f} ms, peak {peak:.2f} GiB")
         assert peak < 4
+
+
+def test_mamba_ssm_starts_with_the_shipped_launch_parameters():
+    """Megatron's mixer calls mamba-ssm itself; untuned, its first step on a fresh machine times variants for over a minute."""
+    from megatron.core import parallel_state
+
+    from nanotrain.ops.gpu.tuned_configs import tuners
+
+    build(Precision.bf16, MegatronConfig())
+    parallel_state.destroy_model_parallel()
+    left = {name: len(tuner.configs) for name, tuner in tuners().items()}
+    assert left["_chunk_scan_fwd_kernel"] == left["_chunk_state_fwd_kernel"] == 1, left
