@@ -47,6 +47,8 @@ class HostSnapshot:
         self._said: int | None = None
         self.max_staged_bytes: int | None = None
         """At most so much is copied on the GPU first; None = as much as there is room for. For tests and benchmarks."""
+        self.staged_bytes = 0
+        """So much of the last snapshot was."""
 
     @torch.no_grad()
     def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -117,6 +119,7 @@ class HostSnapshot:
         if staged is not None:
             for name in chosen:
                 _view(staged, places[name], tensors[name]).copy_(tensors[name], non_blocking=True)
+        self.staged_bytes = staged_bytes
         self._say(staged_bytes, size)
         return staged, staged_bytes
 
