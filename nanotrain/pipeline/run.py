@@ -126,16 +126,28 @@ class Pipeline:
         if not self._report_is_current():
             self._report(self._recipe.output_dir)
 
-    def check(self) -> list[LoadedEntry]:
-        """Refuse everything that can be refused without running a stage, and return what is to be made. Writes nothing."""
+    def check(self, ranks_of: Callable[[LoadedEntry], int] | None = None) -> list[LoadedEntry]:
+        """Refuse everything that can be refused without running a stage, and return what is to be made. Writes nothing.
+
+        Args:
+            ranks_of: returns the ranks that an entry's training is going to have; None = those of this launcher.
+        """
         names = [entry.name for entry in self._recipe.entries]
         for flag, name in (("--force", self._force), ("--only", self._only)):
             if isinstance(name, str) and name not in names:
                 raise UserError(f"`{flag} {name}` names no entry of this run; {nearest(name, names)}")
         check_ownership(self._recipe)
         self._inputs = resolve_inputs(self._recipe)
-        Preflight(self._recipe, self._inputs).check()
+        preflight = Preflight(self._recipe, self._inputs)
+        preflight.check()
         to_be_made: list[LoadedEntry] = []
+
+        def check_ranks(entry: LoadedEntry) -> None:
+            preflight.check_ranks(entry, ranks_of(entry) if ranks_of else current_world().size)
+
+        for entry in self._entries:  # before anything large is read
+            if load_record(self._folder(entry)) is None:
+                check_ranks(entry)
         for entry in self._entries:
             self._require_inputs(entry)
             made = {other.name for other in to_be_made}
@@ -144,6 +156,7 @@ class Pipeline:
             self._refuse_stale(entry, status, made)
             if status.state is not State.FINISHED or self._force == entry.name:
                 to_be_made.append(entry)
+                check_ranks(entry)
                 self._verify_inputs(entry, made | {entry.name})
         return to_be_made
 
