@@ -4,7 +4,6 @@ Everything that can be refused is refused before the first stage starts; nothing
 """
 
 import contextlib
-import errno
 import logging
 import os
 import shutil
@@ -38,7 +37,7 @@ from nanotrain.pipeline.products import (
 )
 from nanotrain.pipeline.status import State, Status, assess, entry_recipe_digest
 from nanotrain.runtime.distributed import current_world, on_first
-from nanotrain.runtime.files import folder_digest, remove_leftovers, write_bytes_atomic
+from nanotrain.runtime.files import STORAGE_ERRORS, folder_digest, remove_leftovers, write_bytes_atomic
 from nanotrain.runtime.run import Run
 
 log = logging.getLogger("nanotrain")
@@ -48,7 +47,6 @@ StageFunction = Callable[[Any, Run], Path]
 
 _NOBODY: contextlib.nullcontext[None] = contextlib.nullcontext()
 """Keeps the account of an entry on the other ranks."""
-_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 REPORT_FILES = ("report.html", "report.json")
 
@@ -322,7 +320,7 @@ def _storage_errors_explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _STORAGE_ERRORS:
+        if error.errno not in STORAGE_ERRORS:
             raise
         raise UserError(
             f"{shown_path(folder)} cannot be written ({error.strerror}); what was saved is intact: make room, and the"

@@ -1,6 +1,7 @@
 """Atomic writes and digests: a reader sees the old file, the new file, or none, never half of one."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -8,6 +9,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+"""errno of a disk that is full or read-only, not of a mistake of ours."""
 
 
 def write_bytes_atomic(file: Path, content: bytes) -> None:
