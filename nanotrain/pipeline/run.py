@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from nanotrain.config.errors import UserError, nearest
 from nanotrain.config.load import LoadedEntry, LoadedRecipe
@@ -37,7 +38,7 @@ from nanotrain.pipeline.products import (
 )
 from nanotrain.pipeline.status import State, Status, assess, entry_recipe_digest
 from nanotrain.runtime.distributed import current_world, on_first
-from nanotrain.runtime.files import STORAGE_ERRORS, folder_digest, remove_leftovers, write_bytes_atomic
+from nanotrain.runtime.files import STORAGE_ERRORS, folder_digest, remove_leftovers, storage_refuses, write_bytes_atomic
 from nanotrain.runtime.run import Run
 
 log = logging.getLogger("nanotrain")
@@ -319,11 +320,13 @@ def _storage_errors_explained(folder: Path) -> Iterator[None]:
     """Turn a disk that is full or read-only into one sentence; what was finished stays finished."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in STORAGE_ERRORS:
+    except (OSError, SafetensorError) as error:
+        of_storage = error.errno in STORAGE_ERRORS if isinstance(error, OSError) else storage_refuses(folder)
+        if not of_storage:
             raise
+        reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UserError(
-            f"{shown_path(folder)} cannot be written ({error.strerror}); what was saved is intact: make room, and the"
+            f"{shown_path(folder)} cannot be written ({reason}); what was saved is intact: make room, and the"
             " same command continues."
         ) from error
 
