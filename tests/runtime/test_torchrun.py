@@ -78,7 +78,8 @@ def test_a_killed_rank_is_named_and_the_run_started_again(start, tmp_path):
 @pytest.mark.parametrize(("behaviour", "code", "starts"), [("mistake", 2, 1), ("defect", 1, 2)])
 def test_exit_codes_are_the_runs_own(start, tmp_path, behaviour, code, starts):
     assert finish(start(behaviour, restarts=1))[0] == code
-    assert len(list((tmp_path / "seen").glob("0-*"))) == starts
+    # A rank may be ended before its program has begun.
+    assert max(len(list((tmp_path / "seen").glob(f"{rank}-*"))) for rank in (0, 1)) == starts
 
 
 def test_a_signal_reaches_every_rank_and_is_not_a_failure(start, tmp_path):
