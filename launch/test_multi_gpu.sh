@@ -5,6 +5,7 @@
 #                long (131,072 tokens under context parallelism), distill (12B -> 9B)
 #   --gpus N     ranks (default: the GPUs of this machine)
 #   --cpu        rehearse the same code on CPU ranks with tiny shapes (default ranks: 2)
+#   --only WORDS agree, faults: the cases whose names have one of these words (commas between them)
 #   --out FOLDER where PART.jsonl goes, a line per measurement (default: multi_gpu_results)
 # PYTHON=python3 uses an environment that is there already. Exit code 1: a check failed; the other parts still ran.
 set -euo pipefail
@@ -16,12 +17,13 @@ else
   cd "$ROOT"
   PYTHON=$VENV/bin/python
 fi
-gpus='' out=multi_gpu_results device=()
+gpus='' out=multi_gpu_results device=() only=()
 while [[ ${1:-} == --* ]]; do
   case $1 in
     --gpus) gpus=${2:?--gpus needs a number} && shift 2 ;;
     --out) out=${2:?--out needs a folder} && shift 2 ;;
     --cpu) device=(--cpu) && shift ;;
+    --only) only=(--only "${2:?--only needs words}") && shift 2 ;;
     *) echo "test_multi_gpu.sh: $1 is not an option; see the head of the script." >&2 && exit 2 ;;
   esac
 done
@@ -32,6 +34,10 @@ fi
 for part; do
   if [[ ! " agree faults speed long distill " == *" $part "* ]]; then
     echo "test_multi_gpu.sh: '$part' is not a part; use agree, faults, speed, long or distill." >&2
+    exit 2
+  fi
+  if ((${#only[@]})) && [[ $part != agree && $part != faults ]]; then
+    echo "test_multi_gpu.sh: --only chooses cases of agree and faults; '$part' would ignore it." >&2
     exit 2
   fi
 done
@@ -49,12 +55,14 @@ export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:Tr
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 status=0
 for part; do
+  if [[ $part == agree || $part == faults ]]; then # these start their ranks: again after a crash, or on fewer of them
+    "$PYTHON" -m "tests.multi_gpu.$part" --gpus "$gpus" --out "$out/$part.jsonl" "${device[@]}" "${only[@]}" || status=1
+    continue
+  fi
   # A case that ends its rank (out of memory, a hang) must not take the measurements after it along. Without the variable
   # ranks that start again find the addresses of the ones before them in torchrun's store, and wait for those.
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-  restarts=0
-  if [[ " speed long distill " == *" $part "* ]]; then restarts=8; fi
-  "$PYTHON" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --max-restarts "$restarts" \
+  "$PYTHON" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --max-restarts 8 \
     --nproc-per-node "$gpus" -m "tests.multi_gpu.$part" --out "$out/$part.jsonl" "${device[@]}" || status=1
 done
 exit $status

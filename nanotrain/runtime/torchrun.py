@@ -108,6 +108,7 @@ class Launcher:
             nproc_per_node=self._ranks,
             run_id=f"{self._nodes.run_id}-{attempt}" if self._meeting is None else self._nodes.run_id,
             max_restarts=0,
+            local_addr="127.0.0.1" if self._nodes.count == 1 else None,  # not every machine can look up its own name
             signals_to_handle="SIGHUP,SIGQUIT",
             **where,
         )
@@ -127,7 +128,9 @@ class Launcher:
         """Say which rank ended the run and how; return the exit code."""
         rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
         codes = {failure.exitcode for failure in failures.values()}
-        for code in FINAL_CODES:
+        # The agent ends the others by a signal, which they may answer with the code of a run that was asked to stop.
+        killed = first.exitcode < 0 and -first.exitcode not in PREEMPTION_SIGNALS and not self._signalled
+        for code in () if killed else FINAL_CODES:
             if code in codes and all(other in (code, 1) or other < 0 for other in codes):
                 return code
         if first.exitcode < 0:

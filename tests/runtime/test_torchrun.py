@@ -35,6 +35,14 @@ if behaviour == "killed twice" and starts < 2 and rank == "1":
     os.kill(os.getpid(), signal.SIGKILL)
 if behaviour == "killed twice" and starts < 2:
     time.sleep(60)
+if behaviour == "killed once" and starts < 1:
+    if rank == "1":
+        while not (folder / "ready-0").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(75))
+    (folder / "ready-0").touch()
+    time.sleep(60)
 if behaviour == "mistake":
     sys.exit(2)
 if behaviour == "defect":
@@ -73,6 +81,12 @@ def test_a_killed_rank_is_named_and_the_run_started_again(start, tmp_path):
     assert code == 0, err
     assert err.count("rank 1 was killed by SIGKILL") == 2 and "restart 2 of 3" in err
     assert len(list((tmp_path / "seen").glob("1-*"))) == 3
+
+
+def test_a_survivor_that_answers_the_agent_as_if_asked_to_stop_does_not_hide_the_kill(start, tmp_path):
+    code, err = finish(start("killed once", restarts=1))
+    assert code == 0, err
+    assert "rank 1 was killed by SIGKILL" in err and "restart 1 of 1" in err
 
 
 @pytest.mark.parametrize(("behaviour", "code", "starts"), [("mistake", 2, 1), ("defect", 1, 2)])
