@@ -35,6 +35,7 @@ from nanotrain.losses.language_modeling import CrossEntropy
 from nanotrain.model.batch import MicroBatch
 from nanotrain.model.hybrid import build_meta_model
 from tests.benchmarks.bench_memory_12b import published_12b, random_weights
+from tests.benchmarks.measure import state_tensors
 from tests.conftest import TINY
 
 MAX_STEPS_AFTER = 60
@@ -70,12 +71,7 @@ class Training:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a state holds, for torch's own checkpoint."""
-        tensors = {}
-        for name, parameter in self.engine._model.named_parameters():
-            tensors[name] = parameter.detach()
-            for field, value in self.engine._optimizer.state[parameter].items():  # type: ignore[union-attr]
-                tensors[f"{name}/{field}"] = value
-        return tensors
+        return state_tensors(self.engine)
 
 
 def measure(training: Training, name: str, save: Callable[[], Callable[[], bool]]) -> dict[str, object]:

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from nanotrain.engines.torch_engine import TorchEngine
 
 
 def interleaved(cases: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, dict[str, float]]:
@@ -69,6 +72,16 @@ def peak_extra_gib(run: Callable[[], object]) -> float:
     run()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def state_tensors(engine: TorchEngine) -> dict[str, Tensor]:
+    """Return the weights and optimizer states of an engine by name."""
+    found = {}
+    for name, parameter in engine._model.named_parameters():
+        found[name] = parameter.detach()
+        for field, value in engine._optimizer.state[parameter].items():  # type: ignore[union-attr]
+            found[f"{name}/{field}"] = value
+    return found
 
 
 def write(path: Path, record: dict[str, object]) -> None:

@@ -23,6 +23,7 @@ from nanotrain.losses.language_modeling import CrossEntropy
 from nanotrain.model.batch import MicroBatch
 from nanotrain.model.hybrid import build_meta_model
 from nanotrain.runtime.distributed import current_world, from_all, from_first, on_any_rank, wait_for_all
+from tests.benchmarks.measure import state_tensors
 from tests.multi_gpu.shapes import GPU, Shape
 
 BEFORE, MOST_AFTER, FIRST = 5, 60, 3
@@ -89,12 +90,7 @@ class Training:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a state holds, for torch's own checkpoint."""
-        found = {}
-        for name, parameter in self.engine._model.named_parameters():
-            found[name] = parameter.detach()
-            for field, value in self.engine._optimizer.state[parameter].items():  # type: ignore[union-attr]
-                found[f"{name}/{field}"] = value
-        return found
+        return state_tensors(self.engine)
 
 
 def measure(training: Training, save: Callable[[], Callable[[], bool]]) -> Save:
