@@ -35,7 +35,7 @@ from nanotrain.engines.megatron_limits import (
     require_supported,
     smallest_batch,
 )
-from nanotrain.engines.megatron_model import build_root, restore, snapshot, transformer_config
+from nanotrain.engines.megatron_model import build_root, match_groups, restore, snapshot, transformer_config
 from nanotrain.engines.megatron_totals import Ranks, Totals, detached, reduce_totals
 from nanotrain.engines.megatron_weights import Export, Parameters, Place, fill, initialise, load
 from nanotrain.engines.spread_model import meta_tensors, save_gathered
@@ -167,6 +167,7 @@ class MegatronEngine(Engine):
             ),
             [self._model],
         )
+        match_groups(self._optimizer)
         self._config.finalize_model_grads_func = finalize_model_grads
         if several:
             self._config.no_sync_func = self._model.no_sync

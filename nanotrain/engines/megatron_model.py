@@ -13,6 +13,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.activations import squared_relu as fused_squared_relu
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.optimizer import MegatronOptimizer
@@ -226,12 +227,27 @@ def _stock_spec(model: ModelConfig, config: TransformerConfig) -> ModuleSpec:
     return spec
 
 
+def match_groups(optimizer: MegatronOptimizer) -> None:
+    """Let a state find its parameters where a group has fp32 ones beside bf16 ones, as Mamba-2's layers do.
+
+    megatron-core 0.19's distributed optimizer notes the places of a group in the order of its buffers and then puts the fp32
+    parameters first (NVIDIA/Megatron-LM issue 2777); training is right, but states are saved and loaded by those places.
+    """
+    for one in optimizer.chained_optimizers:
+        if not isinstance(one, DistributedOptimizer):
+            continue
+        for group, both in enumerate(zip(one.model_fp32_groups, one.model_float16_groups, strict=True)):
+            for place, parameter in enumerate(parameter for part in both for parameter in part):
+                one.model_param_group_index_map[parameter] = (group, place)
+
+
 def snapshot(root: MegatronRoot, optimizer: MegatronOptimizer, dp_cp_group: dist.ProcessGroup) -> StateWriter:
     """Copy weights and optimizer states to host memory and return what writes them with dist_checkpointing.
 
     The tensors are described by where they lie in the whole model, so that any other layout can read them.
     """
     state = _sharded_state(root, optimizer, dp_cp_group, is_loading=False)
+    force_all_tensors_to_non_fp8(state)  # to bf16, exactly: blocks are scaled by powers of two
     for sharded in nested_values(state):
         if isinstance(sharded, ShardedTensor | ShardedTensorFactory) and isinstance(sharded.data, Tensor):
             sharded.data = torch.empty_like(sharded.data, device="cpu").copy_(sharded.data.detach())

@@ -199,10 +199,12 @@ def compare_distillation(layouts: dict[str, Layout], num_steps: int) -> dict[str
     return found
 
 
-def continue_elsewhere(first: Layout, second: Layout, folder: str) -> tuple[Curve, Curve, Curve]:
+def continue_elsewhere(
+    first: Layout, second: Layout, folder: str, precision: Precision = Precision.fp32
+) -> tuple[Curve, Curve, Curve]:
     """Train 4 steps, save, train 4 more; and those 4 again from the saved state under `first` and under `second`."""
     start_megatron()
-    engine = build(first)
+    engine = build(first, precision=precision)
     engine.init_weights(SEED)
     train(engine, range(4), packed=True)
     engine.save_state(Path(folder))
@@ -210,7 +212,7 @@ def continue_elsewhere(first: Layout, second: Layout, folder: str) -> tuple[Curv
     resumed = []
     for layout in (first, second):
         stop_megatron()
-        engine = build(layout)
+        engine = build(layout, precision=precision)
         engine.load_state(Path(folder))
         resumed.append(train(engine, range(4, 8), packed=True))
     return straight, resumed[0], resumed[1]

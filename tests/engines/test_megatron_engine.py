@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nanotrain.checkpoint.hf_folder import load_state_dict
+from nanotrain.config.engine import Precision
 from nanotrain.config.megatron import Recompute
 from nanotrain.losses.language_modeling import CrossEntropy
 from nanotrain.model.hybrid import HybridModel
@@ -154,3 +155,14 @@ def test_a_state_continues_under_another_layout(tmp_path):
         assert same.losses == straight.losses
         assert same.grad_norms == straight.grad_norms
         assert_same_curve(other, straight)
+
+
+@pytest.mark.slow
+def test_a_state_of_bf16_and_fp32_parameters_continues_under_another_layout(tmp_path):
+    """Mamba-2's A_log, D and dt_bias stay in fp32 beside norms in bf16, in one group of the optimizer."""
+    first, second = Layout(tp=2), Layout(pp=2)
+    for straight, same, other in run_ranks(continue_elsewhere, 4, first, second, str(tmp_path), Precision.bf16):
+        assert same.losses == straight.losses
+        assert same.grad_norms == straight.grad_norms
+        assert other.losses == pytest.approx(straight.losses, rel=2e-3)
+        assert other.grad_norms == pytest.approx(straight.grad_norms, rel=2e-2)

@@ -50,7 +50,8 @@ def all_cases(shape: Shape, size: int) -> tuple[dict[str, Case], dict[str, str]]
     for name, layout in layouts.items():
         for precision in shape.precisions:
             add(f"megatron {name}", precision, kind=EngineKind.megatron, megatron=layout)
-            if layout.context_parallel == size:  # rows of one document go through other kernels there
+            # Rows of one document go through other kernels under context parallelism; data parallelism is beside it.
+            if name in (f"cp{size}", f"dp{size}"):
                 add(f"megatron {name} plain", precision, False, kind=EngineKind.megatron, megatron=layout)
     for stage in (1, 2, 3):
         add(f"deepspeed zero{stage}", shape.precisions[0], kind=EngineKind.deepspeed, deepspeed=DeepSpeedConfig(stage))

@@ -153,8 +153,7 @@ def ranks_of(launcher: int) -> dict[int, psutil.Process]:
     found = {}
     for child in psutil.Process(launcher).children(recursive=True):
         try:
-            words = child.cmdline()
-            if "nanotrain" in words and words[words.index("nanotrain") - 1] == "-m":
+            if "nanotrain.runtime.rank_process" in child.cmdline():
                 found[int(child.environ()["RANK"])] = child
         except (psutil.NoSuchProcess, psutil.ZombieProcess, KeyError):
             continue

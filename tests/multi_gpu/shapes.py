@@ -10,7 +10,7 @@ from nanotrain.config.model import ModelConfig
 from nanotrain.config.training import TrainingConfig
 
 CPU_PATIENCE = 10.0
-SEED, LEARNING_RATE = 1, 1e-3
+SEED, LEARNING_RATE = 1, 2e-4
 TOLERANCE = {
     Precision.fp32: ((1e-5, 1e-4), (1e-5, 1e-4)),
     Precision.bf16: ((2e-4, 5e-3), (2e-3, 2e-2)),
