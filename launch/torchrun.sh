@@ -6,7 +6,7 @@
 # Exit codes are those of `nanotrain run`: 0 done, 2 a mistake, 75 stopped by a signal with the work saved.
 # Several machines: start it on each with
 #   NANOTRAIN_NODES=2 NANOTRAIN_NODE_RANK=<0, 1, ...> NANOTRAIN_RENDEZVOUS=<first machine>:29500 NANOTRAIN_RUN_ID=<any word>
-# and an output_dir that all of them see. PYTHON=... uses an environment that is there already; otherwise
+# and an output_dir that all of them see. They wait for each other NANOTRAIN_JOIN_SECONDS (600). PYTHON=... uses an environment that is there already; otherwise
 # launch/environment.sh lists the variables that choose Python, environment and PyTorch.
 set -euo pipefail
 if [[ -n ${PYTHON:-} ]]; then

@@ -271,7 +271,8 @@ def _submit(options: argparse.Namespace) -> int:
     from nanotrain.pipeline.slurm import build_jobs, submit
 
     recipe = load_recipe(options.recipe, options.overrides)
-    jobs = build_jobs(recipe, Pipeline(recipe, _stages, _build_report).check(), options.overrides)
+    entries = Pipeline(recipe, _stages, _build_report).check(lambda entry: entry.config.cluster.world_size)
+    jobs = build_jobs(recipe, entries, options.overrides)
     if options.dry_run:
         for job in jobs:
             print(f"# {job.entry}\n{job.script}")

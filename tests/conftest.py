@@ -1,17 +1,15 @@
 """A tiny hybrid and random packed batches, for whatever trains; the published architectures."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from nanotrain.config.model import ModelConfig
 from nanotrain.model.batch import IGNORE_INDEX, MicroBatch
 from nanotrain.model.hybrid import HybridModel
+from tests.published import published_model
 
-MODELS = Path(__file__).parents[1] / "configs" / "model"
 TINY = ModelConfig(
     hybrid_layer_pattern="M-*-",
     vocab_size=61,
@@ -69,12 +67,5 @@ def random_loader() -> RandomLoader:
 
 @pytest.fixture(scope="session")
 def published() -> Callable[[str], ModelConfig]:
-    """Read configs/model/nemotron_nano_<size>_v2.yaml through the strict schema."""
-
-    def read(size: str) -> ModelConfig:
-        file = MODELS / f"nemotron_nano_{size}_v2.yaml"
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(file)))
-        assert isinstance(config, ModelConfig)
-        return config
-
-    return read
+    """Return what reads an architecture by its size."""
+    return published_model

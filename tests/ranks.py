@@ -1,4 +1,4 @@
-"""Runs a function of a test on several CPU ranks (gloo), each a process of its own as under torchrun."""
+"""Runs a function of a test on several ranks, each a process of its own as under torchrun; over NCCL where each has a GPU."""
 
 import os
 import pickle
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from nanotrain.runtime.distributed import start_ranks, stop_ranks, wait_for_all
+from nanotrain.runtime.distributed import choose_backend, current_world, start_ranks, stop_ranks, wait_for_all
 
 
 def run_ranks(
@@ -57,7 +57,7 @@ def _rank(
     try:
         store = dist.FileStore(f"{folder}/store", size)
         if size > 1:
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+            dist.init_process_group(choose_backend(current_world()), store=store, rank=rank, world_size=size)
         start_ranks()
         result = function(*arguments)
         wait_for_all()  # a rank that leaves early would cut off those that are still connecting

@@ -7,7 +7,6 @@ all have written their part, and fails on all of them when it fails on one.
 import json
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,12 +24,11 @@ from nanotrain.checkpoint.resume import (
     state_files,
 )
 from nanotrain.runtime.distributed import Channel, current_world, open_channel
-from nanotrain.runtime.files import file_digest, fsync_folder, write_synced
+from nanotrain.runtime.files import file_digest, fsync_folder, storage_refuses, write_synced
 
 CLOSE_SECONDS, CLOSE_SECONDS_OF_RANKS = 60.0, 5.0
 """A run that ends by an error waits so long for a save in flight; less where it may be another rank that has died, because
 the save then never ends, and the ranks that are still alive wait for this one's connections to close."""
-_PROBE_BYTES = 1 << 20
 
 
 class SaveFailedError(Exception):
@@ -150,19 +148,7 @@ class StateSaver:
 
     def _agreed(self) -> "_Agreed":
         """A part of the work, done on every rank: it failed on all when it failed on one."""
-        return _Agreed(self._channel, self._storage_refuses)
-
-    def _storage_refuses(self) -> bool:
-        """Whether a plain write fails: libraries report a full disk under many names."""
-        try:
-            self._root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self._root) as probe:
-                probe.write(os.urandom(_PROBE_BYTES))
-                probe.flush()
-                os.fsync(probe.fileno())
-        except OSError:
-            return True
-        return False
+        return _Agreed(self._channel, lambda: storage_refuses(self._root))
 
 
 class _Agreed:

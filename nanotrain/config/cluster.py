@@ -51,6 +51,11 @@ class ClusterConfig:
         """Ranks on each node."""
         return self.ranks_per_node or self.gpus_per_node or 1
 
+    @property
+    def world_size(self) -> int:
+        """Ranks of a stage that trains."""
+        return self.nodes * self.ranks
+
     def validate(self, path: str) -> None:
         """Raise UserError when a value is out of range or an option would undo what the launcher relies on."""
         minimum = {"nodes": 1, "gpus_per_node": 0, "ranks_per_node": 0, "cpus_per_rank": 0}

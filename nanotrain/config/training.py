@@ -218,15 +218,32 @@ class TrainingConfig:
         """Raise UserError unless the global batch splits evenly over ranks and micro-batches."""
         unit = self.micro_batch_size * dp_size
         if self.global_batch_size % unit:
-            below, above = self.global_batch_size // unit * unit, (self.global_batch_size // unit + 1) * unit
-            ways = f"{above}" if below == 0 else f"{below} or {above}"
+            ranks = f" x {dp_size} data-parallel ranks" if dp_size > 1 else ""
+            ways = [
+                f"set `{path}.global_batch_size` to {self.nearest_batch_sizes(unit)}",
+                *self._nearest_ranks(dp_size),
+            ]
             raise UserError(
                 f"`{path}.global_batch_size` ({self.global_batch_size}) must be divisible by `micro_batch_size`"
-                f" ({self.micro_batch_size}) x dp_size ({dp_size}); use {ways}."
+                f" ({self.micro_batch_size}){ranks}; {', or '.join(ways)}."
             )
         if self.optimizer.in_backward and self.global_batch_size > unit:
             raise UserError(
                 f"`{path}.optimizer.in_backward` updates weights in every backward pass, so it cannot accumulate:"
                 f" `{path}.global_batch_size` ({self.global_batch_size}) must equal `micro_batch_size`"
-                f" ({self.micro_batch_size}) x dp_size ({dp_size}); set it to {unit} or `in_backward` to false."
+                f" ({self.micro_batch_size}) x {dp_size} data-parallel ranks; set it to {unit} or `in_backward` to false."
             )
+
+    def nearest_batch_sizes(self, unit: int) -> str:
+        """Return the multiples of `unit` on either side of the global batch, as text."""
+        below = self.global_batch_size // unit * unit
+        return f"{below} or {below + unit}" if below else f"{unit}"
+
+    def _nearest_ranks(self, dp_size: int) -> list[str]:
+        """Return the numbers of data-parallel ranks on either side that split the batch as it is, as text."""
+        micro_batches, rest = divmod(self.global_batch_size, self.micro_batch_size)
+        if dp_size == 1 or rest:
+            return []
+        work = [size for size in range(1, micro_batches + 1) if micro_batches % size == 0]
+        sides = [max(size for size in work if size < dp_size), *sorted(size for size in work if size > dp_size)[:1]]
+        return [f"use {' or '.join(str(size) for size in sides)} data-parallel ranks"]

@@ -139,7 +139,8 @@ class Engine(ABC):
         """Copy weights, optimizer and random states to host memory and return what writes them; for resume only.
 
         One at a time: the writer is through before the next snapshot, which may use its memory again. On a GPU the copies
-        may still be under way; the engine holds its next update until they are whole (checkpoint/host_snapshot.py).
+        may still be under way; the engine holds its next update until nothing is read from weights and states any more
+        (checkpoint/host_snapshot.py).
         """
 
     def save_state(self, folder: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanotrain.config.errors import UserError
+from nanotrain.engines.megatron_documents import ChunkDocuments, chunk_documents
 from nanotrain.model.batch import IGNORE_INDEX, MicroBatch
 from nanotrain.ops.segments import segment_indices
 
@@ -30,12 +30,17 @@ class SequenceSplit:
         """Lengths are filled up to a multiple of this."""
         return self.sequence_parallel * (2 * self.context_parallel if self.context_parallel > 1 else 1)
 
+    def chunks(self, length: int) -> tuple[range, range]:
+        """Return the positions of this rank in a sequence of `length`, under context parallelism."""
+        size = length // (2 * self.context_parallel)
+        first, second = self.context_rank, 2 * self.context_parallel - 1 - self.context_rank
+        return range(first * size, (first + 1) * size), range(second * size, (second + 1) * size)
+
     def take(self, tensor: Tensor) -> Tensor:
         """Return this rank's positions [B, S / CP, ...] of [B, S, ...]."""
         if self.context_parallel == 1:
             return tensor
-        chunks = tensor.chunk(2 * self.context_parallel, dim=1)
-        return torch.cat([chunks[self.context_rank], chunks[-1 - self.context_rank]], dim=1)
+        return torch.cat([tensor[:, chunk.start : chunk.stop] for chunk in self.chunks(tensor.shape[1])], dim=1)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """Return [B, S, ...] from what all ranks took, by rank."""
@@ -48,21 +53,24 @@ class LocalBatch:
     """`batch` holds this rank's positions only, and no segment ids: documents are `cu_seqlens`.
 
     Attributes:
-        batch: [B, S / CP]; packed [1, B x S], filled up with positions without label.
-        cu_seqlens: [documents + 1] int32, packed only: where documents start, and the end.
+        batch: [B, S / CP]; packed [1, B x S / CP], filled up with positions without label.
+        cu_seqlens: [documents + 1] int32, packed only: where documents of the whole row start, and the end.
         longest: tokens of the longest document.
         num_positions: of the whole row, filled up.
+        chunks: packed under context parallelism only: the documents of this rank's two chunks.
     """
 
     batch: MicroBatch
     cu_seqlens: Tensor | None
     longest: int
     num_positions: int
+    chunks: tuple[ChunkDocuments, ...] = ()
 
     def to(self, device: torch.device) -> "LocalBatch":
         """Return the batch on `device`."""
         borders = None if self.cu_seqlens is None else self.cu_seqlens.to(device, non_blocking=True)
-        return LocalBatch(self.batch.to(device), borders, self.longest, self.num_positions)
+        chunks = tuple(chunk.to(device) for chunk in self.chunks)
+        return LocalBatch(self.batch.to(device), borders, self.longest, self.num_positions, chunks)
 
 
 def has_borders(batch: MicroBatch) -> bool:
@@ -72,18 +80,8 @@ def has_borders(batch: MicroBatch) -> bool:
 
 
 def localize(batches: Sequence[MicroBatch], split: SequenceSplit) -> list[LocalBatch]:
-    """Return this rank's form of micro-batches; where one of them is packed, all are, so that stages exchange one shape.
-
-    Raises:
-        UserError: packed documents under context parallelism.
-    """
+    """Return this rank's form of micro-batches; where one of them is packed, all are, so that stages exchange one shape."""
     packed = any(has_borders(batch) for batch in batches)
-    if packed and split.context_parallel > 1:
-        raise UserError(
-            f"`engine.megatron.context_parallel` ({split.context_parallel}) takes one document a row: Transformer Engine"
-            " splits each packed document over the ranks and needs its length to divide; give a whole row to a document,"
-            " or set context_parallel to 1."
-        )
     return [_localize(batch, split, packed) for batch in batches]
 
 
@@ -100,7 +98,11 @@ def _localize(batch: MicroBatch, split: SequenceSplit, packed: bool) -> LocalBat
         teacher = None if teacher is None else F.pad(teacher, (0, 0, 0, filling))
     length = ids.shape[1]
     teacher = None if teacher is None else split.take(teacher)
-    return LocalBatch(MicroBatch(split.take(ids), split.take(labels), None, teacher), cu_seqlens, longest, length)
+    chunks: tuple[ChunkDocuments, ...] = ()
+    if cu_seqlens is not None and split.context_parallel > 1:
+        chunks = tuple(chunk_documents(cu_seqlens, chunk) for chunk in split.chunks(length))
+    local = MicroBatch(split.take(ids), split.take(labels), None, teacher)
+    return LocalBatch(local, cu_seqlens, longest, length, chunks)
 
 
 def _documents(batch: MicroBatch, multiple: int) -> tuple[Tensor, int]:

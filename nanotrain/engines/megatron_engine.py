@@ -22,6 +22,7 @@ from nanotrain.checkpoint.hf_folder import iterate_tensors
 from nanotrain.checkpoint.provenance import Provenance
 from nanotrain.config.engine import EngineConfig
 from nanotrain.config.errors import UserError
+from nanotrain.config.model import MAMBA
 from nanotrain.config.training import TrainingConfig
 from nanotrain.engines.base import Engine, StateWriter, StepResult
 from nanotrain.engines.megatron_batch import LocalBatch, SequenceSplit, localize, unpad
@@ -34,7 +35,7 @@ from nanotrain.engines.megatron_limits import (
     require_supported,
     smallest_batch,
 )
-from nanotrain.engines.megatron_model import build_root, restore, snapshot, transformer_config
+from nanotrain.engines.megatron_model import build_root, match_groups, restore, snapshot, transformer_config
 from nanotrain.engines.megatron_totals import Ranks, Totals, detached, reduce_totals
 from nanotrain.engines.megatron_weights import Export, Parameters, Place, fill, initialise, load
 from nanotrain.engines.spread_model import meta_tensors, save_gathered
@@ -43,7 +44,7 @@ from nanotrain.losses.base import LossFn, LossOutput
 from nanotrain.model.batch import MicroBatch
 from nanotrain.model.head import HeadWeight
 from nanotrain.model.hybrid import HybridModel
-from nanotrain.ops.backends import choose_kernels
+from nanotrain.ops.backends import choose_kernels, use_tuned_mamba_ssm
 from nanotrain.ops.linear_cross_entropy import token_log_probabilities
 from nanotrain.planning.layout import check_layout
 from nanotrain.planning.parameters import tensor_shapes
@@ -75,6 +76,9 @@ class MegatronEngine(Engine):
         self._start_parallel(config)
         choose_kernels({op: config.kernels.choices()[op] for op in OWN_KERNELS}, self.device)
         on_gpu = self.device.type == "cuda"
+        if on_gpu and MAMBA in model.config.hybrid_layer_pattern:
+            sizes = model.config
+            use_tuned_mamba_ssm(sizes.mamba_head_dim, sizes.ssm_state_size, sizes.chunk_size, dtype)
         self._config = transformer_config(model.config, config, dtype, training=training is not None, on_gpu=on_gpu)
         self._root = build_root(model.config, config, self._config, on_gpu=on_gpu)
         self._model: torch.nn.Module = self._root
@@ -163,6 +167,7 @@ class MegatronEngine(Engine):
             ),
             [self._model],
         )
+        match_groups(self._optimizer)
         self._config.finalize_model_grads_func = finalize_model_grads
         if several:
             self._config.no_sync_func = self._model.no_sync

@@ -2,8 +2,13 @@
 
 They hold parameters of the same names, shapes and splits, so that weights, checkpoints and everything around the layers are
 those of a GPU. They run the ops of this package, on CPU ranks and as the reference of the stock layers on a GPU.
+
+Beside them: what makes both take packed rows under context parallelism. Megatron and Transformer Engine would split every document over the
+ranks and need its length to divide; here the row is split, as a row of one document is, and documents begin where they begin.
 """
 
+from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -33,10 +38,121 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
+from nanotrain.engines.megatron_documents import ChunkDocuments, attend_chunks, attend_documents
 from nanotrain.ops.attention import attention
 from nanotrain.ops.causal_conv1d import causal_conv1d
 from nanotrain.ops.rms_norm import grouped_gated_rms_norm, rms_norm
 from nanotrain.ops.ssd import ssd_scan
+
+
+@dataclass
+class PackedDocuments(PackedSeqParams):
+    """Megatron's description of a packed row; `cu_seqlens` and `seq_idx` are the whole row's also under context parallelism.
+
+    Attributes:
+        chunks: under context parallelism the documents of this rank's two chunks.
+    """
+
+    chunks: tuple[ChunkDocuments, ...] = ()
+
+
+class RowContextParallel(MambaContextParallel):
+    """Megatron's exchange of positions for heads, which undoes the balanced split of the row whether it is packed or not.
+
+    So every rank has the row in order for convolution and scan, and `seq_idx` of the whole row starts them afresh.
+    """
+
+    def pre_conv_ssm(self, input_: Tensor, packed_seq_params: PackedSeqParams | None = None) -> Tensor:
+        """Map [S / CP, B, C] to [S, B, C / CP], in order."""
+        return super().pre_conv_ssm(input_, None)
+
+    def post_conv_ssm(self, input_: Tensor, packed_seq_params: PackedSeqParams | None = None) -> Tensor:
+        """Map [S, B, C / CP], in order, to [S / CP, B, C]."""
+        return super().post_conv_ssm(input_, None)
+
+    @classmethod
+    def of(cls, mixer: MambaMixer, cp_group: Any, d_conv: int) -> "RowContextParallel":
+        """Return the exchange of a mixer that has its sizes and parameters."""
+        return cls(
+            cp_group=cp_group,
+            d_inner_local_tp=mixer.d_inner_local_tp,
+            nheads_local_tp=mixer.nheads_local_tp,
+            ngroups_local_tp=mixer.ngroups_local_tp,
+            d_state=mixer.d_state,
+            conv1d_weight_cp1=mixer.conv1d_weight,
+            conv1d_bias_cp1=mixer.conv1d_bias,
+            conv1d_padding=d_conv - 1,
+            dt_bias_cp1=mixer.dt_bias,
+            A_log_cp1=mixer.A_log,
+            D_cp1=mixer.D,
+            D_has_hdim=mixer.D_has_hdim,
+        )
+
+
+class RowMambaMixer(MambaMixer):
+    """Megatron's stock mixer, taking packed rows under context parallelism."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, pg_collection: Any, **options: Any) -> None:
+        super().__init__(config, *args, pg_collection=pg_collection, **options)
+        self.cp = RowContextParallel.of(self, pg_collection.cp, self.d_conv)
+
+
+def gathered_keys_values(key: Tensor, value: Tensor, cp_group: Any) -> Tensor:
+    """Return [S, 2 Hkv, Dh] in order from all ranks' [S / CP, Hkv, Dh]; backward sums over ranks, each gets its positions'."""
+    both = torch.cat([key, value], dim=1)
+    whole = gather_from_sequence_parallel_region(both, tensor_parallel_output_grad=True, group=cp_group)
+    return _undo_attention_load_balancing(whole, cp_group.size())
+
+
+class _TEMask(Enum):
+    """Masks of Transformer Engine without a name in Megatron's AttnMaskType; Megatron hands the name on."""
+
+    padding_causal_bottom_right = auto()
+
+
+class DocumentAttention:
+    """Mixin before Megatron's TEDotProductAttention: packed rows under context parallelism; all else as it was.
+
+    A mixin, because where Transformer Engine is not installed Megatron's class is no class.
+    """
+
+    cp_group: Any
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        packed_seq_params: PackedDocuments | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Map [S, B, heads, Dh] to [S, B, heads x Dh]; packed, without the dimension B."""
+        if packed_seq_params is None or not packed_seq_params.chunks:
+            return super().forward(query, key, value, *args, packed_seq_params=packed_seq_params, **options)  # type: ignore[misc]
+        group = self.cp_group
+        keys_values = gathered_keys_values(key, value, group)
+        self.cp_group = None  # all keys are here: Transformer Engine has nothing to exchange
+        try:
+            return attend_chunks(query, keys_values, packed_seq_params.chunks, self._attend)
+        finally:
+            self.cp_group = group
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, documents: ChunkDocuments) -> Tensor:
+        """Map [S, Hq, Dh] to [S, Hq x Dh]: cuDNN's attention over sequences of different lengths, without a mask in memory."""
+        # Transformer Engine takes separate q, k and v only where each begins its storage.
+        q, k, v = (t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))
+        borders = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=documents.cu_seqlens_q,
+            cu_seqlens_kv=documents.cu_seqlens_kv,
+            # Bounds, not the longest: cuDNN's plans go by the number of tokens, and want no fewer keys than queries.
+            max_seqlen_q=q.shape[0],
+            max_seqlen_kv=k.shape[0],
+        )
+        return super().forward(  # type: ignore[misc]
+            q, k, v, None, attn_mask_type=_TEMask.padding_causal_bottom_right, packed_seq_params=borders
+        )
 
 
 def norm_weight(config: TransformerConfig) -> nn.Parameter:
@@ -165,20 +281,8 @@ class TorchMambaMixer(MambaMixer):
             is_expert=False,
             tp_group=self.tp_group,
         )
-        self.cp = MambaContextParallel(
-            cp_group=pg_collection.cp,
-            d_inner_local_tp=self.d_inner_local_tp,
-            nheads_local_tp=self.nheads_local_tp,
-            ngroups_local_tp=self.ngroups_local_tp,
-            d_state=self.d_state,
-            conv1d_weight_cp1=self.conv1d_weight,
-            conv1d_bias_cp1=self.conv1d_bias,
-            conv1d_padding=d_conv - 1,
-            dt_bias_cp1=self.dt_bias,
-            A_log_cp1=self.A_log,
-            D_cp1=self.D,
-            D_has_hdim=False,
-        )
+        self.D_has_hdim = False
+        self.cp = RowContextParallel.of(self, pg_collection.cp, d_conv)
 
     def _ssm_training(self, zxBCdt: Tensor, packed_seq_params: PackedSeqParams | None = None) -> Tensor:
         """Everything between the projections: [S, B, C] of whole sequences to [S / CP, B, inner size / TP].
@@ -205,12 +309,12 @@ class TorchMambaMixer(MambaMixer):
             chunk_size=self.chunk_size,
             segment_ids=segment_ids,
         )
-        y, z = (cp.post_conv_ssm(t.transpose(0, 1).contiguous(), packed_seq_params) for t in (y.flatten(2), z))
+        y, z = (cp.post_conv_ssm(t.transpose(0, 1).contiguous()) for t in (y.flatten(2), z))
         return self.norm(y, z)
 
 
 class TorchCoreAttention(MegatronModule):
-    """Causal attention; a context-parallel rank sees all positions and keeps its own (simple, not sparing)."""
+    """Causal attention; a context-parallel rank sees all positions of plain rows and keeps its own (simple, not sparing)."""
 
     def __init__(self, config: TransformerConfig, pg_collection: Any, **unused: Any) -> None:
         super().__init__(config)
@@ -223,11 +327,14 @@ class TorchCoreAttention(MegatronModule):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedDocuments | None = None,
         **unused: Any,
     ) -> Tensor:
         """Map [S, B, heads, Dh] to [S, B, heads x Dh]; packed, without the dimension B."""
         del attention_mask, unused
+        if packed_seq_params is not None and packed_seq_params.chunks:
+            keys_values = gathered_keys_values(key, value, self.cp_group)
+            return attend_chunks(query, keys_values, packed_seq_params.chunks, attend_documents).flatten(1)
         if packed_seq_params is not None:
             y = attention(query[None], key[None], value[None], segment_ids=packed_seq_params.seq_idx)
             return y[0].flatten(1)

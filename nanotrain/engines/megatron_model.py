@@ -13,11 +13,11 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.activations import squared_relu as fused_squared_relu
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.ssm.mamba_mixer import MAMBA_HAS_STATE_DTYPE
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
@@ -32,7 +32,7 @@ from nanotrain.config.megatron import Recompute
 from nanotrain.config.model import ModelConfig
 from nanotrain.engines.base import StateWriter
 from nanotrain.engines.megatron_batch import LocalBatch
-from nanotrain.engines.megatron_layers import torch_stack_spec
+from nanotrain.engines.megatron_layers import DocumentAttention, PackedDocuments, RowMambaMixer, torch_stack_spec
 from nanotrain.losses.base import LossFn, LossOutput
 from nanotrain.model.head import HeadWeight, OutputHead
 from nanotrain.ops.squared_relu import squared_relu
@@ -144,7 +144,7 @@ class MegatronRoot(HybridModel):
         """
         batch = local.batch
         x = self.embedding(input_ids=batch.input_ids, position_ids=None) if self.pre_process else None
-        x = self.decoder(hidden_states=x, attention_mask=None, packed_seq_params=_packed_seq_params(local))
+        x = self.decoder(hidden_states=x, attention_mask=None, packed_seq_params=_documents(local))
         if not self.post_process:
             return x
         if self.config.sequence_parallel:
@@ -176,25 +176,27 @@ class MegatronRoot(HybridModel):
         return HeadWeight(weight, shard)
 
 
-def _packed_seq_params(local: LocalBatch) -> PackedSeqParams | None:
+def _documents(local: LocalBatch) -> PackedDocuments | None:
     if local.cu_seqlens is None:
         return None
-    return PackedSeqParams(
+    return PackedDocuments(
         qkv_format="thd",
         cu_seqlens_q=local.cu_seqlens,
         cu_seqlens_kv=local.cu_seqlens,
         max_seqlen_q=local.longest,
         max_seqlen_kv=local.longest,
         total_tokens=local.num_positions,  # from which it derives seq_idx for convolution and scan
+        chunks=local.chunks,
     )
 
 
 def build_root(model: ModelConfig, engine: EngineConfig, config: TransformerConfig, *, on_gpu: bool) -> MegatronRoot:
     """Return this rank's part of the model on its device; the weights are arbitrary."""
     stages = stage_layers(model.num_hidden_layers, engine.megatron)
+    spec = _stock_spec(model, config) if on_gpu else torch_stack_spec(model.chunk_size, model.conv_kernel)
     root = MegatronRoot(
         config=config,
-        hybrid_stack_spec=_stock_spec(model) if on_gpu else torch_stack_spec(model.chunk_size, model.conv_kernel),
+        hybrid_stack_spec=spec,
         vocab_size=padded_vocab_size(model.vocab_size, engine.megatron.tensor_parallel),
         max_sequence_length=model.max_position_embeddings,
         hybrid_layer_pattern="|".join(model.hybrid_layer_pattern[s.start : s.stop] for s in stages),
@@ -213,12 +215,30 @@ def build_root(model: ModelConfig, engine: EngineConfig, config: TransformerConf
     return root
 
 
-def _stock_spec(model: ModelConfig) -> ModuleSpec:
+def _stock_spec(model: ModelConfig, config: TransformerConfig) -> ModuleSpec:
     """Return Megatron's layers of Transformer Engine and mamba-ssm with the model's chunk and kernel sizes."""
     spec = copy.deepcopy(hybrid_stack_spec)
     mixer = spec.submodules.mamba_layer.submodules.mixer
     mixer.params = {"chunk_size": model.chunk_size, "d_conv": model.conv_kernel}
+    if config.context_parallel_size > 1:
+        mixer.module = RowMambaMixer
+        attention = spec.submodules.attention_layer.submodules.self_attention.submodules
+        attention.core_attention = type("RowAttention", (DocumentAttention, attention.core_attention), {})
     return spec
+
+
+def match_groups(optimizer: MegatronOptimizer) -> None:
+    """Let a state find its parameters where a group has fp32 ones beside bf16 ones, as Mamba-2's layers do.
+
+    megatron-core 0.19's distributed optimizer notes the places of a group in the order of its buffers and then puts the fp32
+    parameters first (NVIDIA/Megatron-LM issue 2777); training is right, but states are saved and loaded by those places.
+    """
+    for one in optimizer.chained_optimizers:
+        if not isinstance(one, DistributedOptimizer):
+            continue
+        for group, both in enumerate(zip(one.model_fp32_groups, one.model_float16_groups, strict=True)):
+            for place, parameter in enumerate(parameter for part in both for parameter in part):
+                one.model_param_group_index_map[parameter] = (group, place)
 
 
 def snapshot(root: MegatronRoot, optimizer: MegatronOptimizer, dp_cp_group: dist.ProcessGroup) -> StateWriter:
@@ -227,6 +247,7 @@ def snapshot(root: MegatronRoot, optimizer: MegatronOptimizer, dp_cp_group: dist
     The tensors are described by where they lie in the whole model, so that any other layout can read them.
     """
     state = _sharded_state(root, optimizer, dp_cp_group, is_loading=False)
+    force_all_tensors_to_non_fp8(state)  # to bf16, exactly: blocks are scaled by powers of two
     for sharded in nested_values(state):
         if isinstance(sharded, ShardedTensor | ShardedTensorFactory) and isinstance(sharded.data, Tensor):
             sharded.data = torch.empty_like(sharded.data, device="cpu").copy_(sharded.data.detach())

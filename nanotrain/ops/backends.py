@@ -201,6 +201,16 @@ def compiling_only() -> AbstractContextManager[None]:
     return compile_ahead.compiling_only()
 
 
+def use_tuned_mamba_ssm(head_dim: int, state_size: int, chunk_size: int, dtype: torch.dtype) -> None:
+    """Let mamba-ssm's kernels, where a library calls them itself, start with the shipped launch parameters of these sizes.
+
+    Without them the first call on a fresh machine times all variants for 60 to 90 seconds. mamba-ssm must be installed.
+    """
+    from nanotrain.ops.gpu.tuned_configs import restrict_to_tuned
+
+    restrict_to_tuned(head_dim, state_size, chunk_size, dtype)
+
+
 def choose_kernels(wanted: Mapping[str, str], device: torch.device) -> dict[str, str]:
     """Choose a kernel for every op in this process, and log the choice once.
 

@@ -6,6 +6,7 @@ from nanotrain.config.load import LoadedRecipe
 from nanotrain.config.stage import TRAINING_STAGES
 from nanotrain.pipeline.architectures import Architectures
 from nanotrain.pipeline.inputs import resolve_inputs
+from nanotrain.planning.layout import check_ranks
 from nanotrain.planning.overview import overview
 from nanotrain.runtime.distributed import current_world
 
@@ -28,7 +29,10 @@ def plan_recipe(recipe: LoadedRecipe, ranks: int | None) -> list[str]:
             continue
         lines += [""] if lines else []
         lines.append(f"{entry.name}: engine {engine.kind.value}, {engine.precision.value}")
-        model = known.trained(entry)
+        model, path = known.trained(entry), f"{entry.key_prefix}stage.training"
+        if ranks is not None or current_world().size > 1:
+            models = [one for one in (model, known.teacher(entry)) if one is not None]
+            check_ranks(models, stage.training, engine, ranks or current_world().size, training_path=path)
         if model is None:
             lines.append("model    is known when the entry that makes it has run")
             continue
@@ -37,7 +41,7 @@ def plan_recipe(recipe: LoadedRecipe, ranks: int | None) -> list[str]:
             megatron = engine.megatron
             copy = megatron.tensor_parallel * megatron.pipeline_parallel * megatron.context_parallel
             world_size = max(world_size, copy)
-        lines += overview(model, stage.training, engine, world_size, f"{entry.key_prefix}stage.training")
+        lines += overview(model, stage.training, engine, world_size, path)
     if not lines:
         raise UserError(f"{recipe.file} trains nothing; give a recipe with a pretrain, distill or sft stage.")
     return lines

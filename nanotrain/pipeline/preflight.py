@@ -1,4 +1,4 @@
-"""What can be known to fail before the first stage starts: vocabularies, layouts over ranks, a disk that is too small."""
+"""What can be known to fail before the first stage starts: vocabularies, ranks that cannot share the work, a small disk."""
 
 import json
 import shutil
@@ -24,9 +24,8 @@ from nanotrain.data.manifest import check_sources, is_data_folder
 from nanotrain.pipeline.architectures import Architectures
 from nanotrain.pipeline.inputs import InputRef
 from nanotrain.pipeline.products import RECIPE_FILE, load_record
-from nanotrain.planning.layout import check_layout
+from nanotrain.planning.layout import check_ranks
 from nanotrain.planning.parameters import count_parameters
-from nanotrain.runtime.distributed import current_world
 
 _FP32_BYTES = 4
 _STATE_TENSORS = 3
@@ -46,8 +45,19 @@ class Preflight:
         for entry in self._recipe.entries:
             self._check_vocabularies(entry)
             self._check_sources(entry)
-            self._check_layout(entry)
         self._check_disk()
+
+    def check_ranks(self, entry: LoadedEntry, world_size: int) -> None:
+        """Raise UserError where so many ranks cannot share the entry's training: its batch, its model or its teacher."""
+        stage = entry.config.stage
+        if not isinstance(stage, TRAINING_STAGES):
+            return
+        models: list[ModelConfig] = []
+        if entry.config.engine.kind is EngineKind.megatron:  # the others keep whole layers
+            known = Architectures(self._recipe, self._inputs)
+            models = [model for model in (known.trained(entry), known.teacher(entry)) if model is not None]
+        path = f"{entry.key_prefix}stage.training"
+        check_ranks(models, stage.training, entry.config.engine, world_size, training_path=path)
 
     def _input(self, entry: LoadedEntry, key: str) -> InputRef | None:
         return next((ref for ref in self._inputs[entry.name] if ref.key == key), None)
@@ -87,17 +97,6 @@ class Preflight:
             ref = self._input(entry, "data_from")
             if ref is not None and ref.folder is not None and is_data_folder(ref.folder):
                 check_sources(stage.curriculum, ref.folder, f"{entry.key_prefix}stage.curriculum")
-
-    def _check_layout(self, entry: LoadedEntry) -> None:
-        """Refuse ranks that Megatron-Core cannot spread the model, or the teacher, over."""
-        stage, engine = entry.config.stage, entry.config.engine
-        if engine.kind is not EngineKind.megatron or not isinstance(stage, TRAINING_STAGES):
-            return
-        known = Architectures(self._recipe, self._inputs)
-        for model in (known.trained(entry), known.teacher(entry)):
-            if model is not None:
-                path = f"{entry.key_prefix}stage.training"
-                check_layout(model, stage.training, engine, current_world().size, training_path=path)
 
     def _own_vocabulary(self, entry: LoadedEntry) -> int | None:
         stage = entry.config.stage

@@ -22,6 +22,7 @@ from nanotrain.config.load_messages import shown_path
 from nanotrain.config.stage import TRAINING_STAGES, StageConfig
 from nanotrain.config.training import TrainingConfig
 from nanotrain.pipeline.inputs import InputRef, resolve_inputs
+from nanotrain.pipeline.preflight import Preflight
 from nanotrain.pipeline.products import load_record
 from nanotrain.runtime.distributed import current_world, on_first, wait_for_all
 from nanotrain.runtime.files import file_digest
@@ -69,6 +70,9 @@ def check_resume(
         )
         raise UserError(f"`--resume-check`: {what}")
     inputs = on_first(lambda: resolve_inputs(recipe))
+    preflight = Preflight(recipe, inputs)
+    for entry in entries:
+        preflight.check_ranks(entry, current_world().size)
     folders = on_first(lambda: {entry.name: _input_folders(recipe, entry, inputs[entry.name]) for entry in entries})
     return [_check_entry(recipe, entry, folders[entry.name], stages, steps) for entry in entries]
 

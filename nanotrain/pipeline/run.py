@@ -4,7 +4,6 @@ Everything that can be refused is refused before the first stage starts; nothing
 """
 
 import contextlib
-import errno
 import logging
 import os
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from nanotrain.config.errors import UserError, nearest
 from nanotrain.config.load import LoadedEntry, LoadedRecipe
@@ -38,7 +38,7 @@ from nanotrain.pipeline.products import (
 )
 from nanotrain.pipeline.status import State, Status, assess, entry_recipe_digest
 from nanotrain.runtime.distributed import current_world, on_first
-from nanotrain.runtime.files import folder_digest, remove_leftovers, write_bytes_atomic
+from nanotrain.runtime.files import STORAGE_ERRORS, folder_digest, remove_leftovers, storage_refuses, write_bytes_atomic
 from nanotrain.runtime.run import Run
 
 log = logging.getLogger("nanotrain")
@@ -48,7 +48,6 @@ StageFunction = Callable[[Any, Run], Path]
 
 _NOBODY: contextlib.nullcontext[None] = contextlib.nullcontext()
 """Keeps the account of an entry on the other ranks."""
-_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 REPORT_FILES = ("report.html", "report.json")
 
@@ -126,16 +125,28 @@ class Pipeline:
         if not self._report_is_current():
             self._report(self._recipe.output_dir)
 
-    def check(self) -> list[LoadedEntry]:
-        """Refuse everything that can be refused without running a stage, and return what is to be made. Writes nothing."""
+    def check(self, ranks_of: Callable[[LoadedEntry], int] | None = None) -> list[LoadedEntry]:
+        """Refuse everything that can be refused without running a stage, and return what is to be made. Writes nothing.
+
+        Args:
+            ranks_of: returns the ranks that an entry's training is going to have; None = those of this launcher.
+        """
         names = [entry.name for entry in self._recipe.entries]
         for flag, name in (("--force", self._force), ("--only", self._only)):
             if isinstance(name, str) and name not in names:
                 raise UserError(f"`{flag} {name}` names no entry of this run; {nearest(name, names)}")
         check_ownership(self._recipe)
         self._inputs = resolve_inputs(self._recipe)
-        Preflight(self._recipe, self._inputs).check()
+        preflight = Preflight(self._recipe, self._inputs)
+        preflight.check()
         to_be_made: list[LoadedEntry] = []
+
+        def check_ranks(entry: LoadedEntry) -> None:
+            preflight.check_ranks(entry, ranks_of(entry) if ranks_of else current_world().size)
+
+        for entry in self._entries:  # before anything large is read
+            if load_record(self._folder(entry)) is None:
+                check_ranks(entry)
         for entry in self._entries:
             self._require_inputs(entry)
             made = {other.name for other in to_be_made}
@@ -144,6 +155,7 @@ class Pipeline:
             self._refuse_stale(entry, status, made)
             if status.state is not State.FINISHED or self._force == entry.name:
                 to_be_made.append(entry)
+                check_ranks(entry)
                 self._verify_inputs(entry, made | {entry.name})
         return to_be_made
 
@@ -308,11 +320,13 @@ def _storage_errors_explained(folder: Path) -> Iterator[None]:
     """Turn a disk that is full or read-only into one sentence; what was finished stays finished."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in _STORAGE_ERRORS:
+    except (OSError, SafetensorError) as error:
+        of_storage = error.errno in STORAGE_ERRORS if isinstance(error, OSError) else storage_refuses(folder)
+        if not of_storage:
             raise
+        reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UserError(
-            f"{shown_path(folder)} cannot be written ({error.strerror}); what was saved is intact: make room, and the"
+            f"{shown_path(folder)} cannot be written ({reason}); what was saved is intact: make room, and the"
             " same command continues."
         ) from error
 

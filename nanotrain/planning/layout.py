@@ -1,10 +1,10 @@
 """Which ways of spreading a model over ranks Megatron-Core can build; refused ones are answered with the nearest that work."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from nanotrain.config.engine import FP8_PRECISIONS, EngineConfig
+from nanotrain.config.engine import FP8_PRECISIONS, EngineConfig, EngineKind
 from nanotrain.config.errors import UserError
 from nanotrain.config.megatron import MegatronConfig
 from nanotrain.config.model import ATTENTION, MAMBA, MLP, ModelConfig
@@ -44,6 +44,40 @@ class _Problem:
 def data_parallel_size(megatron: MegatronConfig, world_size: int) -> int:
     """Return what is left of the ranks for data parallelism (0 when they are fewer than one model needs)."""
     return world_size // (megatron.tensor_parallel * megatron.pipeline_parallel * megatron.context_parallel)
+
+
+def check_ranks(
+    models: Sequence[ModelConfig],
+    training: TrainingConfig,
+    engine: EngineConfig,
+    world_size: int,
+    *,
+    training_path: str = "stage.training",
+) -> None:
+    """Say whether so many ranks can share a training, by any engine: its batch and, on Megatron-Core, its models.
+
+    All phases of a curriculum have the same batch, so one answer is for the whole training.
+
+    Args:
+        models: that are trained or teach, as far as they are known.
+        training: batch sizes and sequence length.
+        engine: its kind decides how ranks share the work.
+        world_size: ranks that the launcher starts.
+        training_path: key of `training`, for the message.
+
+    Raises:
+        UserError: they cannot; with the nearest values that work.
+    """
+    if engine.kind is not EngineKind.megatron:
+        training.validate_batch(training_path, world_size)
+        return
+    for model in models:
+        check_layout(model, training, engine, world_size, training_path=training_path)
+    if not models:
+        problem = _ranks_problem(engine.megatron, world_size)
+        if problem is not None:
+            raise UserError(f"{problem.text}; {problem.other_way}.")
+        training.validate_batch(training_path, data_parallel_size(engine.megatron, world_size))
 
 
 def check_layout(
@@ -88,15 +122,24 @@ def _problems(
     yield from _tensor_problems(model, engine)
     yield from _context_problems(model, training, engine, path)
     yield from _pipeline_problems(model, megatron)
-    model_ranks = megatron.tensor_parallel * megatron.pipeline_parallel * megatron.context_parallel
-    if world_size % model_ranks:
-        yield _Problem(
-            f"`{_KEY}.tensor_parallel` ({megatron.tensor_parallel}) x `pipeline_parallel`"
-            f" ({megatron.pipeline_parallel}) x `context_parallel` ({megatron.context_parallel}) = {model_ranks} must"
-            f" divide the number of ranks ({world_size})"
-        )
+    problem = _ranks_problem(megatron, world_size)
+    if problem is not None:
+        yield replace(problem, other_way="")  # layouts are proposed instead
         return
     yield from _batch_problems(training, data_parallel_size(megatron, world_size), path)
+
+
+def _ranks_problem(megatron: MegatronConfig, world_size: int) -> _Problem | None:
+    model_ranks = megatron.tensor_parallel * megatron.pipeline_parallel * megatron.context_parallel
+    if world_size % model_ranks == 0:
+        return None
+    below = world_size // model_ranks * model_ranks
+    return _Problem(
+        f"`{_KEY}.tensor_parallel` ({megatron.tensor_parallel}) x `pipeline_parallel`"
+        f" ({megatron.pipeline_parallel}) x `context_parallel` ({megatron.context_parallel}) = {model_ranks} must"
+        f" divide the number of ranks ({world_size})",
+        f"start {f'{below} or ' if below else ''}{below + model_ranks} ranks",
+    )
 
 
 def _tensor_problems(model: ModelConfig, engine: EngineConfig) -> Iterator[_Problem]:
@@ -216,14 +259,11 @@ def _pipeline_problems(model: ModelConfig, megatron: MegatronConfig) -> Iterator
 
 def _batch_problems(training: TrainingConfig, data: int, path: str) -> Iterator[_Problem]:
     unit = data * training.micro_batch_size
-    batch = training.global_batch_size
-    if batch % unit:
-        below, above = batch // unit * unit, -(-batch // unit) * unit
-        sizes = f"{above}" if below == 0 else f"{below} or {above}"
+    if training.global_batch_size % unit:
         yield _Problem(
-            f"`{path}.global_batch_size` ({batch}) must be divisible by `micro_batch_size`"
+            f"`{path}.global_batch_size` ({training.global_batch_size}) must be divisible by `micro_batch_size`"
             f" ({training.micro_batch_size}) x {data} data-parallel ranks",
-            f"set `{path}.global_batch_size` to {sizes}",
+            f"set `{path}.global_batch_size` to {training.nearest_batch_sizes(unit)}",
         )
 
 

@@ -140,8 +140,6 @@ def current_world() -> World:
 def start_ranks(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     """Connect the ranks, once a process; nothing happens where there is only one.
 
-    CUDA tensors go over NCCL; over gloo where several ranks share a GPU, which NCCL refuses.
-
     Args:
         timeout: of collectives over tensors.
     """
@@ -152,16 +150,20 @@ def start_ranks(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     import torch
     import torch.distributed as dist
 
-    backend = "gloo"
     gpus = torch.cuda.device_count()
     if gpus:
         torch.cuda.set_device(world.local_rank % gpus)
-        if world.local_size <= gpus:
-            backend = "cpu:gloo,cuda:nccl"
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(choose_backend(world), timeout=timeout)
     _control = open_channel()
     return world
+
+
+def choose_backend(world: World) -> str:
+    """Return what carries tensors: NCCL those on GPUs; gloo all others, and all where ranks share a GPU (NCCL refuses)."""
+    import torch
+
+    return "cpu:gloo,cuda:nccl" if world.local_size <= torch.cuda.device_count() else "gloo"
 
 
 def open_channel() -> Channel:

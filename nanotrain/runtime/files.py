@@ -1,13 +1,19 @@
 """Atomic writes and digests: a reader sees the old file, the new file, or none, never half of one."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+"""errno of a disk that is full or read-only, not of a mistake of ours."""
+_PROBE_BYTES = 1 << 20
 
 
 def write_bytes_atomic(file: Path, content: bytes) -> None:
@@ -30,6 +36,19 @@ def write_synced(file: Path, content: bytes) -> None:
 def write_json_atomic(file: Path, value: Any) -> None:
     """Write JSON with sorted keys, so that equal values give equal bytes. NaN is refused: it is not JSON."""
     write_bytes_atomic(file, (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def storage_refuses(folder: Path) -> bool:
+    """Return whether a plain write of a MiB below `folder` fails: libraries report a full disk under many names."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(os.urandom(_PROBE_BYTES))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError:
+        return True
+    return False
 
 
 def fsync_folder(folder: Path) -> None:

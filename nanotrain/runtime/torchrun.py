@@ -4,7 +4,8 @@
 
 The difference to plain torchrun: the exit code is the run's own (0, 2, 75, ...), signals go to the ranks and the agent
 waits for their save as long as it takes, and only failures that a restart can mend are restarted. Several machines meet
-through NANOTRAIN_NODES, NANOTRAIN_NODE_RANK, NANOTRAIN_RENDEZVOUS (host:port of the first) and NANOTRAIN_RUN_ID.
+through NANOTRAIN_NODES, NANOTRAIN_NODE_RANK, NANOTRAIN_RENDEZVOUS (host:port of the first) and NANOTRAIN_RUN_ID, and wait
+for each other NANOTRAIN_JOIN_SECONDS (600), at the start and after a failure (runtime/meeting.py).
 """
 
 import argparse
@@ -12,11 +13,11 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 from nanotrain.config.errors import UserError
+from nanotrain.runtime.meeting import MachinesMissingError, Meeting, Nodes
 from nanotrain.runtime.signals import PREEMPTION_SIGNALS
 
 EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_FAILED = 2, 75, 1
@@ -26,16 +27,6 @@ _MODULE = "nanotrain"
 _RESTART_PAUSE_SECONDS = 2.0
 
 
-@dataclass(frozen=True)
-class Nodes:
-    """The machines of a run."""
-
-    count: int
-    rank: int
-    endpoint: str
-    run_id: str
-
-
 def read_nodes() -> Nodes:
     """Return what the environment says about the machines of this run; one machine where it says nothing.
 
@@ -43,7 +34,7 @@ def read_nodes() -> Nodes:
         UserError: a variable is missing or is not a number.
     """
     texts = {name: os.environ[name] if name in os.environ else default for name, default in (
-        ("NANOTRAIN_NODES", "1"), ("NANOTRAIN_NODE_RANK", "0"))}  # fmt: skip
+        ("NANOTRAIN_NODES", "1"), ("NANOTRAIN_NODE_RANK", "0"), ("NANOTRAIN_JOIN_SECONDS", "600"))}  # fmt: skip
     for name, text in texts.items():
         if not text.isdecimal():
             raise UserError(
@@ -59,7 +50,10 @@ def read_nodes() -> Nodes:
     if not rank < max(count, 1):
         raise UserError(f"NANOTRAIN_NODE_RANK ({rank}) must be less than NANOTRAIN_NODES ({count}).")
     run_id = os.environ["NANOTRAIN_RUN_ID"] if "NANOTRAIN_RUN_ID" in os.environ else "nanotrain"
-    return Nodes(count, rank, endpoint if count > 1 else "localhost:0", run_id)
+    nodes = Nodes(count, rank, endpoint if count > 1 else "", run_id, float(texts["NANOTRAIN_JOIN_SECONDS"]))
+    if count > 1:
+        _ = nodes.address
+    return nodes
 
 
 class Launcher:
@@ -69,6 +63,8 @@ class Launcher:
         self._ranks, self._restarts, self._nodes = ranks, restarts, nodes
         self._module, self._arguments = module, arguments
         self._signalled = False
+        self._given_up = False
+        self._meeting = Meeting(nodes, lambda: self._signalled) if nodes.count > 1 else None
 
     def run(self) -> int:
         """Return the exit code of the run."""
@@ -77,7 +73,8 @@ class Launcher:
         try:
             for attempt in range(self._restarts + 1):
                 code = self._attempt(attempt)
-                if code == 0 or code in FINAL_CODES or self._signalled or attempt == self._restarts:
+                final = code == 0 or code in FINAL_CODES or self._signalled or self._given_up
+                if final or attempt == self._restarts:
                     return code
                 _say(f"starting again from the newest saved state (restart {attempt + 1} of {self._restarts}).")
                 time.sleep(_RESTART_PAUSE_SECONDS)
@@ -87,32 +84,53 @@ class Launcher:
         raise AssertionError("the last attempt returns")
 
     def _attempt(self, attempt: int) -> int:
+        import torch.distributed as dist
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self._ranks)))
+        where: dict[str, Any] = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+        if self._meeting is not None:
+            try:
+                endpoint = self._meeting.next_round()
+            except MachinesMissingError as error:
+                _say(f"{error}; is its launcher running, with the same NANOTRAIN_RENDEZVOUS and NANOTRAIN_RUN_ID?")
+                self._given_up = True
+                return EXIT_FAILED
+            if endpoint is None:
+                return EXIT_PREEMPTED
+            # The order of machines, and so of ranks, is that of NANOTRAIN_NODE_RANK.
+            configs = {"rank": self._nodes.rank, "timeout": int(self._nodes.join_seconds)}
+            where = {"rdzv_backend": "static", "rdzv_endpoint": endpoint, "rdzv_configs": configs}
         config = LaunchConfig(
             min_nodes=self._nodes.count,
             max_nodes=self._nodes.count,
             nproc_per_node=self._ranks,
-            run_id=f"{self._nodes.run_id}-{attempt}",
-            rdzv_backend="c10d",
-            rdzv_endpoint=self._nodes.endpoint,
-            rdzv_configs={"is_host": self._nodes.rank == 0} if self._nodes.count > 1 else {},
+            run_id=f"{self._nodes.run_id}-{attempt}" if self._meeting is None else self._nodes.run_id,
             max_restarts=0,
+            local_addr="127.0.0.1" if self._nodes.count == 1 else None,  # not every machine can look up its own name
             signals_to_handle="SIGHUP,SIGQUIT",
+            **where,
         )
+        rank = ("-u", "-m", "nanotrain.runtime.rank_process", str(os.getpid()), self._module)
         try:
-            elastic_launch(config, sys.executable)("-u", "-m", self._module, *self._arguments)
+            elastic_launch(config, sys.executable)(*rank, *self._arguments)
         except ChildFailedError as error:
             return self._explain(error.failures)
+        except dist.DistError as error:  # another machine's launcher died while the ranks were being started
+            if self._meeting is None:
+                raise
+            _say(f"the machines lost each other ({str(error).splitlines()[0]}).")
+            return EXIT_FAILED
         return 0
 
     def _explain(self, failures: dict[int, Any]) -> int:
         """Say which rank ended the run and how; return the exit code."""
         rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
         codes = {failure.exitcode for failure in failures.values()}
-        for code in FINAL_CODES:
+        # The agent ends the others by a signal, which they may answer with the code of a run that was asked to stop.
+        killed = first.exitcode < 0 and -first.exitcode not in PREEMPTION_SIGNALS and not self._signalled
+        for code in () if killed else FINAL_CODES:
             if code in codes and all(other in (code, 1) or other < 0 for other in codes):
                 return code
         if first.exitcode < 0:

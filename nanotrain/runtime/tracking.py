@@ -4,14 +4,17 @@ metrics.jsonl is the record and the tracker a view of it: a resumed run first te
 """
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
 
 from nanotrain.config.engine import TrackerKind, TrackingConfig
 from nanotrain.runtime.distributed import current_world
-from nanotrain.runtime.files import write_bytes_atomic
+from nanotrain.runtime.files import STORAGE_ERRORS, write_bytes_atomic
 from nanotrain.runtime.trackers import TensorBoardTracker, Tracker, TrackioTracker, Values, WandbTracker
+
+log = logging.getLogger("nanotrain")
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -114,14 +117,37 @@ class _NoStepTwice:
 
 
 class _MetricsFile:
-    """One JSON object a line, handed to the kernel line by line: a kill of the process loses none."""
+    """One JSON object a line, handed to the kernel line by line: a kill of the process loses none.
+
+    Lines for which a disk has no room wait in memory until it has.
+    """
 
     def __init__(self, file: Path) -> None:
-        self._handle = open(file, "a", encoding="utf-8")  # noqa: SIM115 - open for the life of the run
+        self._file = file
+        self._waiting = b""
+        self._file.touch()
 
     def log(self, step: int, values: Values) -> None:
-        self._handle.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
-        self._handle.flush()
+        self._waiting += (json.dumps({"step": step, **values}, allow_nan=False) + "\n").encode()
+        had_room = self._waiting.count(b"\n") == 1
+        reason = self._write()
+        if reason is not None and had_room:
+            log.warning("%s cannot be written (%s); its lines wait in memory.", self._file, reason)
+
+    def _write(self) -> str | None:
+        """Append what waits, as far as there is room; return what is in the way."""
+        try:
+            with open(self._file, "ab", buffering=0) as handle:
+                while self._waiting:
+                    self._waiting = self._waiting[handle.write(self._waiting) :]
+        except OSError as error:
+            if error.errno not in STORAGE_ERRORS:
+                raise
+            return error.strerror
+        return None
 
     def close(self) -> None:
-        self._handle.close()
+        reason = self._write() if self._waiting else None
+        if reason is not None:
+            lines = self._waiting.count(b"\n")
+            log.warning("%s: the last %d lines are lost (%s).", self._file, lines, reason)

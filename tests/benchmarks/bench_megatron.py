@@ -26,6 +26,7 @@ from nanotrain.engines.base import Engine
 from nanotrain.losses.language_modeling import CrossEntropy
 from nanotrain.model.batch import MicroBatch
 from nanotrain.model.hybrid import build_meta_model
+from tests.benchmarks.measure import ratios, rotating, spread
 
 REDUCED = ModelConfig(
     hybrid_layer_pattern="M-M*-M-",
@@ -144,27 +145,13 @@ def compare_throughput(bench: Bench, precision: str, engine: Engine) -> None:
         layers = 2 if precision.startswith("fp8") else 0
         model = megatron_peer.build(bench.model, precision, layers, bench.length, fp8_parameters=layers > 0)
         steps["bare"] = megatron_peer.training_loop_of(model, batches, LEARNING_RATE)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
-    for round_ in range(bench.rounds + 2):
-        order = [*order[1:], order[0]]
-        for name in order:
-            bench.wait()
-            start = time.perf_counter()
-            steps[name]()
-            bench.wait()
-            if round_ >= 2:
-                times[name].append(time.perf_counter() - start)
+    times = rotating(steps, bench.rounds, bench.wait)
     tokens = NUM_MICRO * bench.length
     for name, values in times.items():
-        ratios = [
-            theirs / mine
-            for theirs, mine in zip(times[order[-1] if "bare" not in times else "bare"], values, strict=True)
-        ]
+        over = times["bare"] if "bare" in times else values
         bench.report(
-            f"throughput:{precision}", loop=name, ms=1e3 * statistics.median(values), min_ms=1e3 * min(values),
-            max_ms=1e3 * max(values), tokens_per_second=tokens / statistics.median(values),
-            speed_over_bare=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios),
+            f"throughput:{precision}", loop=name, **spread(values),
+            tokens_per_second=tokens / statistics.median(values), **ratios(over, values),
         )  # fmt: skip
 
 

@@ -1,11 +1,12 @@
 """How long training stands still for a save: ours beside torch's distributed checkpoint, blocking and asynchronous.
 
-    python -m tests.benchmarks.bench_save_stall OUT.jsonl [--tiny] [--seconds 170]
+    python -m tests.benchmarks.bench_save_stall OUT.jsonl [--tiny] [--seconds 300]
 
 The 12B shape at half depth, bf16 weights, int8 optimizer states, 8,192 random tokens a step, one GPU. The stall of a save is
 what the steps from it on took longer than the median step before it, until the save is written and training is back to its
-pace; the call alone is reported beside it. All write the same tensors to the same place. Every row is written at once, and no
-new save begins after --seconds.
+pace; the call alone is reported beside it. "Staged" = the state is copied on the GPU first (checkpoint/host_snapshot.py),
+"unstaged" = it crosses directly. "Alone" = the snapshot without anything that writes it. All others write the same tensors to
+the same place. Every row is written at once, and no new save begins after --seconds.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from nanotrain.losses.language_modeling import CrossEntropy
 from nanotrain.model.batch import MicroBatch
 from nanotrain.model.hybrid import build_meta_model
 from tests.benchmarks.bench_memory_12b import published_12b, random_weights
+from tests.benchmarks.measure import state_tensors
 from tests.conftest import TINY
 
 MAX_STEPS_AFTER = 60
@@ -69,12 +71,7 @@ class Training:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a state holds, for torch's own checkpoint."""
-        tensors = {}
-        for name, parameter in self.engine._model.named_parameters():
-            tensors[name] = parameter.detach()
-            for field, value in self.engine._optimizer.state[parameter].items():  # type: ignore[union-attr]
-                tensors[f"{name}/{field}"] = value
-        return tensors
+        return state_tensors(self.engine)
 
 
 def measure(training: Training, name: str, save: Callable[[], Callable[[], bool]]) -> dict[str, object]:
@@ -108,9 +105,25 @@ def measure(training: Training, name: str, save: Callable[[], Callable[[], bool]
     }
 
 
-def ours(training: Training, saver: StateSaver, step: int) -> Callable[[], Callable[[], bool]]:
+def alone(training: Training, staged: bool) -> Callable[[], Callable[[], bool]]:
+    host = training.engine._host
+
+    def begin() -> Callable[[], bool]:
+        host.max_staged_bytes = None if staged else 0
+        training.engine.snapshot_state()
+        return lambda: True
+
+    def begin_when_free() -> Callable[[], bool]:
+        host.wait()
+        return begin()
+
+    return begin_when_free
+
+
+def ours(training: Training, saver: StateSaver, step: int, staged: bool = True) -> Callable[[], Callable[[], bool]]:
     def begin() -> Callable[[], bool]:
         saver.finish()
+        training.engine._host.max_staged_bytes = None if staged else 0
         saver.start(step, training.engine.snapshot_state(), {"step": step})
         return lambda: not saver.busy
 
@@ -135,6 +148,23 @@ def async_dcp(training: Training, folder: Path, stager: BlockingAsyncStager | No
     return begin
 
 
+def memory(training: Training) -> dict[str, object]:
+    """Return what the GPU held, in GiB: the peak of steps alone, and the most that the allocator kept, copies included."""
+    if not torch.cuda.is_available():
+        return {}
+    host = training.engine._host
+    free, total = torch.cuda.mem_get_info()
+    bytes_ = {
+        "step_peak": host._step_peak,
+        "staged": host.staged_bytes,
+        "reserved_peak": torch.cuda.max_memory_reserved(),
+    }
+    bytes_ |= {"free": free, "total": total}
+    return {f"{name}_gib": round(value / 2**30, 2) for name, value in bytes_.items()} | {
+        "gpu": torch.cuda.get_device_name()
+    }
+
+
 def place(size: int) -> Path:
     """Return a folder in memory where it fits three times beside the process's own memory, else on the disk."""
     memory = Path("/dev/shm")
@@ -146,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--tiny", action="store_true", help="a rehearsal on the CPU")
-    parser.add_argument("--seconds", type=float, default=170.0)
+    parser.add_argument("--seconds", type=float, default=300.0)
     options = parser.parse_args()
     started = time.perf_counter()
     training = Training(options.tiny)
@@ -159,19 +189,24 @@ def main() -> None:
     root = place(size)
     saver = StateSaver(root / "ours", 1)
     cached = BlockingAsyncStager(cache_staged_state_dict=True)
-    cases = [
-        ("ours, first (allocates and pins)", ours(training, saver, 1)),
-        ("ours", ours(training, saver, 2)),
+    cases = [("alone, staged, first (allocates and pins)", alone(training, True))]
+    for number in ("1", "2", "3"):
+        cases += [
+            (f"alone, staged, {number}", alone(training, True)),
+            (f"alone, unstaged, {number}", alone(training, False)),
+        ]
+    cases += [
+        ("ours, staged", ours(training, saver, 1)),
         ("torch DCP, blocking", blocking_dcp(training, root / "blocking")),
         ("torch DCP, async", async_dcp(training, root / "async", None)),
-        ("ours, again", ours(training, saver, 3)),
+        ("ours, unstaged", ours(training, saver, 2, staged=False)),
     ]
     if torch.cuda.is_available():  # it pins
         cases += [
             ("torch DCP, async, staging cached, first", async_dcp(training, root / "cached-1", cached)),
             ("torch DCP, async, staging cached, second", async_dcp(training, root / "cached-2", cached)),
         ]
-    cases.append(("ours, once more", ours(training, saver, 4)))
+    cases.append(("ours, staged, again", ours(training, saver, 3)))
     print(
         f"state {size / 1e9:.1f} GB in {root}, warm after {time.perf_counter() - started:.0f} s, first steps {warm}",
         flush=True,
@@ -183,7 +218,7 @@ def main() -> None:
                 print(f"{name}: left out, {elapsed:.0f} s have passed")
                 continue
             row = measure(training, name, begin)
-            row |= {"state_bytes": size, "torch": torch.__version__, "place": str(root.parent)}
+            row |= {"state_bytes": size, "torch": torch.__version__, "place": str(root.parent)} | memory(training)
             out.write(json.dumps(row) + "\n")
             out.flush()
             written = row["written_after_seconds"]
@@ -193,8 +228,8 @@ def main() -> None:
                 f" +- {row['pace_spread_seconds']:.3f} s",
                 flush=True,
             )
-            for folder in ("blocking", "async", "cached-1"):
-                shutil.rmtree(root / folder, ignore_errors=True)
+            for folder in root.iterdir():  # the memory that they lie in is needed for the next
+                shutil.rmtree(folder, ignore_errors=True)
     saver.close()
     shutil.rmtree(root, ignore_errors=True)
     os._exit(0)  # nothing is waited for: a save of a library may still be under way

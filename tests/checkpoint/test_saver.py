@@ -3,9 +3,7 @@
 from pathlib import Path
 
 import pytest
-import torch
 
-from nanotrain.checkpoint.host_snapshot import HostSnapshot
 from nanotrain.checkpoint.resume import find_defect, latest_resume_state, list_states
 from nanotrain.checkpoint.saver import SaveFailedError, StateSaver
 from nanotrain.runtime.distributed import current_world
@@ -51,20 +49,6 @@ def test_damage_is_found_by_whoever_reads_that_file(tmp_path):
     victim = tmp_path / "step-00000007/engine/part-1"
     victim.write_bytes(victim.read_bytes()[:-1] + b"!")
     assert run_ranks(damaged_on_ranks, 2, tmp_path) == [5, 5]
-
-
-def test_a_snapshot_is_of_its_moment_and_uses_its_memory_again():
-    host = HostSnapshot(torch.device("cpu"))
-    tensors = {"a": torch.randn(3, 5), "b": torch.tensor(7), "c": torch.randn(0, 2), "d": torch.ones(2, 2).bfloat16().T}
-    copies = host.take(tensors)
-    before = {name: tensor.clone() for name, tensor in tensors.items()}
-    tensors["a"] += 1
-    assert all(copies[name].equal(before[name]) and copies[name].dtype == before[name].dtype for name in tensors)
-    assert all(copy.is_contiguous() for copy in copies.values())
-    place = copies["a"].data_ptr()
-    again = host.take(tensors)
-    assert again["a"].data_ptr() == place and again["a"].equal(tensors["a"])
-    assert host.take({"a": torch.zeros(1000)})["a"].equal(torch.zeros(1000))
 
 
 def test_a_second_save_waits_for_its_turn(tmp_path):

@@ -179,7 +179,7 @@ ALONE = [
     ("stage.training.steps=${nothing}", r"`stage\.training\.steps`.*'nothing' not found"),
     (
         "stage.training.global_batch_size=5",
-        r"`stage\.training\.global_batch_size` \(5\) must be divisible .* use 4 or 6",
+        r"`stage\.training\.global_batch_size` \(5\) must be divisible .* to 4 or 6",
     ),
     (
         "stage.model.n_groups=3",

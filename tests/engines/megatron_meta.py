@@ -3,9 +3,9 @@
 By the engine's own builder with its plain torch layers, or of megatron-core's stock layers.
 
 Run as a script in a process of its own, because it changes what torch.cuda answers: reads a list of layouts from stdin
-(JSON) and prints, for each rank, what its parameters are. Layers are megatron-core's, the Mamba mixer included; what is
-not installed on a CPU machine is replaced there by the least that has the same parameters: mamba-ssm's gated norm, Transformer
-Engine's norms and its linear layer with a norm inside.
+(JSON) and prints, for each rank, what its parameters are. Layers are megatron-core's, the Mamba mixer in the form that the
+engine gives it under context parallelism; what is not installed on a CPU machine is replaced there by the least that has the
+same parameters: mamba-ssm's gated norm, Transformer Engine's norms and its linear layer with a norm inside.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # noq
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules  # noqa: E402
 from megatron.core.models.hybrid.hybrid_model import HybridModel  # noqa: E402
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules  # noqa: E402
-from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules  # noqa: E402
+from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules  # noqa: E402
 from megatron.core.ssm.mlp_layer import MLPLayer  # noqa: E402
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear  # noqa: E402
 from megatron.core.tensor_parallel import random as megatron_random  # noqa: E402
@@ -82,6 +82,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from nanotrain.config.engine import EngineConfig, EngineKind, Precision  # noqa: E402
 from nanotrain.config.megatron import MegatronConfig, Recompute  # noqa: E402
 from nanotrain.config.model import ModelConfig  # noqa: E402
+from nanotrain.engines.megatron_layers import RowMambaMixer  # noqa: E402
 from nanotrain.engines.megatron_model import build_root, transformer_config  # noqa: E402
 
 
@@ -126,7 +127,9 @@ class Stack(HybridStack):
 def stack_spec(fused_norms: bool) -> ModuleSpec:
     column = NormedColumnParallelLinear if fused_norms else ColumnParallelLinear
     norm = IdentityOp if fused_norms else Norm
-    mixer = ModuleSpec(module=MambaMixer, submodules=MambaMixerSubmodules(in_proj=column, out_proj=RowParallelLinear))
+    mixer = ModuleSpec(
+        module=RowMambaMixer, submodules=MambaMixerSubmodules(in_proj=column, out_proj=RowParallelLinear)
+    )
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},

@@ -41,12 +41,13 @@ SEED, TEACHER_SEED, LEARNING_RATE = 3, 4, 1e-3
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of `engine.megatron`; ranks left over are data-parallel."""
+    """Sizes of `engine.megatron`, and whether rows hold several documents; ranks left over are data-parallel."""
 
     tp: int = 1
     pp: int = 1
     cp: int = 1
     sp: bool = False
+    packed: bool = True
     options: dict[str, Any] = field(default_factory=dict)
 
     def config(self) -> MegatronConfig:
@@ -58,11 +59,6 @@ class Layout:
             sequence_parallel=self.sp,
             **self.options,
         )
-
-    @property
-    def packed(self) -> bool:
-        """Context parallelism takes one document a row."""
-        return self.cp == 1
 
 
 @dataclass(frozen=True)
@@ -203,10 +199,12 @@ def compare_distillation(layouts: dict[str, Layout], num_steps: int) -> dict[str
     return found
 
 
-def continue_elsewhere(first: Layout, second: Layout, folder: str) -> tuple[Curve, Curve, Curve]:
+def continue_elsewhere(
+    first: Layout, second: Layout, folder: str, precision: Precision = Precision.fp32
+) -> tuple[Curve, Curve, Curve]:
     """Train 4 steps, save, train 4 more; and those 4 again from the saved state under `first` and under `second`."""
     start_megatron()
-    engine = build(first)
+    engine = build(first, precision=precision)
     engine.init_weights(SEED)
     train(engine, range(4), packed=True)
     engine.save_state(Path(folder))
@@ -214,7 +212,7 @@ def continue_elsewhere(first: Layout, second: Layout, folder: str) -> tuple[Curv
     resumed = []
     for layout in (first, second):
         stop_megatron()
-        engine = build(layout)
+        engine = build(layout, precision=precision)
         engine.load_state(Path(folder))
         resumed.append(train(engine, range(4, 8), packed=True))
     return straight, resumed[0], resumed[1]

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from nanotrain.config.errors import UserError
 from nanotrain.engines.megatron_batch import SequenceSplit, has_borders, localize, unpad
 from nanotrain.model.batch import IGNORE_INDEX, MicroBatch
 
@@ -51,6 +50,23 @@ def test_micro_batches_of_a_step_have_one_form():
     assert first.cu_seqlens.tolist() == [0, 4, 8] and second.cu_seqlens.tolist() == [0, 1, 4, 8]
 
 
-def test_packed_documents_under_context_parallelism_are_refused():
-    with pytest.raises(UserError, match="context_parallel"):
-        localize([batch(4, [[0, 1, 1, 1], [0, 0, 0, 0]])], SequenceSplit(context_parallel=2))
+def test_context_parallel_ranks_share_a_packed_row():
+    # Two rows of 7 in one of 16 = 4 chunks of 4; the filling is the last document.
+    packed = batch(7, [[0, 0, 0, 1, 1, 1, 1], [2, 2, 2, 2, 2, 3, 3]])
+    splits = [SequenceSplit(2, rank, 4) for rank in range(2)]
+    first, second = (localize([packed], split)[0] for split in splits)
+    assert first.cu_seqlens.tolist() == second.cu_seqlens.tolist() == [0, 3, 7, 12, 14, 16]
+    assert first.num_positions == second.num_positions == 16
+    assert first.batch.input_ids.tolist() == [[0, 1, 2, 3, 12, 13, 0, 0]]
+    assert second.batch.input_ids.tolist() == [list(range(4, 12))]
+    assert [(c.first_key, c.end) for c in first.chunks] == [(0, 4), (12, 16)]
+    assert [(c.first_key, c.end) for c in second.chunks] == [(3, 8), (7, 12)]
+    assert second.chunks[0].cu_seqlens_q.tolist() == [0, 3, 4]
+    assert second.chunks[0].cu_seqlens_kv.tolist() == [0, 4, 5]
+    joined = splits[0].join([part.batch.teacher_hidden_states for part in (first, second)])
+    assert unpad(joined, packed).equal(packed.teacher_hidden_states)
+
+
+def test_one_rank_has_no_chunks():
+    (local,) = localize([batch(4, [[0, 1, 1, 1], [0, 0, 0, 0]])], SequenceSplit())
+    assert local.chunks == ()

@@ -25,6 +25,8 @@ from tests.conftest import TINY, random_batch
 from tests.engines.parallel_runs import BF16, CLIP, FP32, Numbers, Report, build, close, here, run_kind, train, training
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.xdist_group("parallel")  # one worker: the ranks are started once
+
 DDP = replace(FP32, data_parallel=DataParallel.ddp)
 FSDP2 = replace(FP32, data_parallel=DataParallel.fsdp2)
 CHECKPOINTED = ActivationCheckpointingConfig(mamba=True, mlp=True, attention=True)

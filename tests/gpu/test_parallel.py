@@ -1,4 +1,4 @@
-"""DDP and FSDP2 in bf16: two ranks that share one GPU (over gloo, because NCCL wants a GPU for each) against one process."""
+"""DDP and FSDP2 in bf16: two ranks against one process; over NCCL where each has a GPU, over gloo where they share one."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -87,5 +87,5 @@ def check(device: Device, folder: Path, model: ModelConfig) -> None:
             assert divergence == pytest.approx(0.0, abs=1e-4), name
 
 
-def test_two_ranks_on_one_gpu_train_as_one_process(tmp_path):
+def test_two_ranks_train_as_one_process(tmp_path):
     check(Device.cuda, tmp_path, NARROW_12B)

@@ -1,11 +1,17 @@
-"""A SLURM cluster of two nodes on this machine: munged, slurmctld and two slurmd in a folder of their own."""
+"""A SLURM cluster of two nodes on this machine: munged, slurmctld and two slurmd in a folder of their own.
+
+Ports, socket, key and state are its own, so it runs beside another cluster; it needs neither systemd nor a resolvable
+host name. It leaves no process behind.
+"""
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +20,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scan
 
 _CONF = """\
 ClusterName=one
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser=root
@@ -60,62 +67,96 @@ def missing_programs() -> list[str]:
 
 
 @contextlib.contextmanager
-def one_machine_cluster(folder: Path) -> Iterator[dict[str, str]]:
-    """Start the cluster and yield the environment in which sbatch and the others find it; stop it at the end."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "state").mkdir()
+def one_machine_cluster() -> Iterator[dict[str, str]]:
+    """Start the cluster and yield the environment in which sbatch and the others find it; stop it at the end.
+
+    What the daemons logged is printed when the block fails.
+    """
+    # Not below pytest's folder: the path of munged's socket must stay under 108 characters.
+    with tempfile.TemporaryDirectory(prefix="one-machine-cluster-") as name:
+        folder = Path(name)
+        environment = _write_settings(folder)
+        daemons: list[subprocess.Popen[bytes]] = []
+        try:
+            for command in _commands(folder):
+                with open(folder / f"{command[0]}.out", "ab") as out:
+                    daemons.append(subprocess.Popen(command, env=environment, stdout=out, stderr=out))
+                if command[0] == "munged":
+                    _wait_for((folder / "munge.socket").exists, "munged's socket")
+            _wait_for(lambda: _idle_nodes(environment) == 2, "two idle nodes", seconds=60)
+            yield environment
+        except BaseException:
+            for log in sorted([*folder.glob("*.log"), *folder.glob("*.out")]):
+                print(f"--- {log.name}", *log.read_text(errors="replace").splitlines()[-60:], sep="\n")
+            raise
+        finally:
+            _stop(daemons, environment, folder)
+
+
+def _write_settings(folder: Path) -> dict[str, str]:
     folder.chmod(0o755)
-    conf = folder / "slurm.conf"
-    conf.write_text(_CONF.format(host=socket.gethostname(), ports=_free_ports(3), folder=folder))
-    environment = os.environ | {"SLURM_CONF": str(conf), "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
+    (folder / "state").mkdir()
     key = folder / "munge.key"
     key.write_bytes(os.urandom(1024))
     key.chmod(0o400)
-    munged = ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={key}"]
-    munged += [
-        f"--pid-file={folder}/munged.pid",
-        f"--log-file={folder}/munged.log",
-        f"--seed-file={folder}/munged.seed",
-    ]
-    commands = [munged, ["slurmctld", "-D"], *(["slurmd", "-D", "-N", name] for name in ("n1", "n2"))]
-    daemons: list[subprocess.Popen[bytes]] = []
-    try:
-        for command in commands:
-            log = open(folder / f"{command[0]}.out", "ab")  # noqa: SIM115 - the daemon's own
-            daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-            if command[0] == "munged":
-                _wait_for((folder / "munge.socket").exists, "munged's socket")
-        _wait_for(lambda: _idle_nodes(environment) == 2, "two idle nodes", seconds=60)
-        yield environment
-    finally:
-        subprocess.run(["scancel", "--user=root"], env=environment, check=False, capture_output=True, timeout=30)
-        for daemon in reversed(daemons):
-            daemon.send_signal(signal.SIGTERM)
-        for daemon in reversed(daemons):
-            try:
-                daemon.wait(20)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
+    # SLURM shortens the names that it compares. A job's number chooses the port of its ranks: no two clusters share one.
+    host, first_job = socket.gethostname().split(".")[0], random.randrange(1, 11_000)
+    conf = folder / "slurm.conf"
+    conf.write_text(_CONF.format(host=host, ports=_free_ports(3), folder=folder, first_job=first_job))
+    return os.environ | {"SLURM_CONF": str(conf), "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
+
+
+def _commands(folder: Path) -> list[list[str]]:
+    munged = ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={folder}/munge.key"]
+    munged += [f"--{file}-file={folder}/munged.{file}" for file in ("pid", "log", "seed")]
+    return [munged, ["slurmctld", "-D"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]]
+
+
+def _stop(daemons: list[subprocess.Popen[bytes]], environment: dict[str, str], folder: Path) -> None:
+    """End the jobs, then the daemons: the processes of a job outlive daemons that go first."""
+    subprocess.run(["scancel", "--user=root"], env=environment, check=False, capture_output=True, timeout=30)
+    end = time.monotonic() + 30
+    while _output(environment, "squeue", "--noheader") and time.monotonic() < end:
+        time.sleep(0.1)
+    for daemon in reversed(daemons):
+        daemon.send_signal(signal.SIGTERM)
+        try:
+            daemon.wait(20)
+        except subprocess.TimeoutExpired:
+            daemon.kill()
+            daemon.wait()
+    for number in _processes_of(folder):  # of a job that could not be ended
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+
+
+def _processes_of(folder: Path) -> list[int]:
+    """Return the processes whose environment has this cluster's settings."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if f"SLURM_CONF={folder}/".encode() in (process / "environ").read_bytes():
+                found.append(int(process.name))
+    return found
 
 
 def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+    """Return ports below those that outgoing connections take."""
+    free: list[int] = []
+    while len(free) < count:
+        port = random.randrange(10_000, 20_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            free.extend({port} - set(free))
+    return free
+
+
+def _output(environment: dict[str, str], *command: str) -> str:
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stdout
 
 
 def _idle_nodes(environment: dict[str, str]) -> int:
-    shown = subprocess.run(
-        ["sinfo", "--noheader", "--Node", "--format=%N %T"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return shown.stdout.count(" idle")
+    return _output(environment, "sinfo", "--noheader", "--Node", "--format=%N %T").count(" idle")
 
 
 def _wait_for(condition, what: str, seconds: float = 20) -> None:

@@ -48,10 +48,13 @@ def job_state(environment: dict[str, str], number: str) -> dict[str, str]:
 def restart_now(environment: dict[str, str], number: str) -> None:
     """Cut short the two minutes for which SLURM holds a requeued job back.
 
-    It holds it back because a node refuses the credential of a job that it has just ended: some seconds must pass.
+    It holds it back because a node refuses a job's credential that is not younger than the job's end there, in whole
+    seconds ("Job credential revoked"), and the job then counts as failed. So: the job has ended on every node (until
+    then it is COMPLETING), and a new second has begun.
     """
     wait_for(lambda: job_state(environment, number)["JobState"] == "PENDING", "a job in the queue")
-    time.sleep(10)
+    ended = int(time.time())
+    wait_for(lambda: int(time.time()) > ended, "a new second")
     call(environment, "scontrol", "update", f"JobId={number}", "StartTime=now")
 
 
@@ -72,7 +75,7 @@ def test_a_pipeline_is_stopped_requeued_and_ends_in_the_undisturbed_weights(tmp_
     assert undisturbed.wait(240) == [0, 0], undisturbed.output
 
     python = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with one_machine_cluster(tmp_path / "cluster") as cluster:
+    with one_machine_cluster() as cluster:
         environment = cluster | python
         submitted = call(
             environment, sys.executable, "-m", "nanotrain", "submit", recipe, *settings, f"output_dir={run}"
@@ -95,7 +98,7 @@ def test_a_pipeline_is_stopped_requeued_and_ends_in_the_undisturbed_weights(tmp_
             print(log.read_text() if log.exists() else "no log", submitted, call(environment, "squeue"))
             raise
         pretrained = job_state(environment, jobs["pretrain"])
-        assert pretrained["JobState"] == "COMPLETED" and int(pretrained["Restarts"]) >= 1
+        assert pretrained["JobState"] == "COMPLETED" and pretrained["Restarts"] == "2"
     for file in ("pretrain/hf/model.safetensors", "export/hf/model.safetensors"):
         assert file_digest(run / file) == file_digest(calm / file)
     assert (run / "report.html").exists()

@@ -32,3 +32,12 @@ def test_other_engines_and_entries_that_are_not_known_yet(load):
     assert lines[-1] == "model    is known when the entry that makes it has run"
     with pytest.raises(UserError, match="trains nothing"):
         plan_recipe(load("prepare"), None)
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(load):
+    plan_recipe(load("pipeline"), 2)
+    with pytest.raises(UserError, match=r"`pretrain\.stage.training.global_batch_size` \(2\) .* x 3 data-parallel"):
+        plan_recipe(load("pipeline"), 3)
+    wide = ["engine.kind=megatron", "engine.megatron.pipeline_parallel=2"]
+    with pytest.raises(UserError, match=r"`distill\.stage.training.global_batch_size` \(3\)"):
+        plan_recipe(load("pipeline", *wide, "distill.stage.training.global_batch_size=3"), 4)

@@ -133,3 +133,21 @@ def test_bad_settings_are_refused_before_anything_is_submitted(folder, capsys):
     assert "which the launcher sets itself" in capsys.readouterr().err
     assert main(["submit", "family/pipeline.yaml", "cluster.time_limit=soon"]) == 2
     assert "prepare.cluster.time_limit` (soon)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--dry-run"], []])
+def test_a_batch_that_the_clusters_ranks_cannot_share_is_refused_at_submission(folder, monkeypatch, capsys, words):
+    record = fake_sbatch(folder, monkeypatch)
+    cluster = ["cluster=cpu", "cluster.ranks_per_node=2", "distill.cluster.nodes=2"]
+    assert main(["submit", "family/pipeline.yaml", *cluster, *words]) == 2
+    err = capsys.readouterr().err
+    assert "`distill.stage.training.global_batch_size` (2)" in err and "x 4 data-parallel ranks; set" in err
+    assert not Path("runs").exists() and not record.exists()
+    assert main(["submit", "family/pipeline.yaml", *cluster[:2], *words]) == 0
+
+
+def test_a_layout_is_checked_against_the_cluster_not_this_machine(folder, capsys):
+    words = ["submit", "family/pipeline.yaml", "engine.kind=megatron", "engine.megatron.pipeline_parallel=2"]
+    assert main([*words, "cluster=cpu", "cluster.ranks_per_node=4", "--dry-run"]) == 0
+    assert main([*words, "cluster=cpu", "cluster.ranks_per_node=3", "--dry-run"]) == 2
+    assert "= 2 must divide the number of ranks (3)" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from nanotrain.config.megatron import MegatronConfig
 from nanotrain.config.model import ModelConfig
 from nanotrain.config.training import TrainingConfig
 from nanotrain.engines.megatron_names import ranges_of, shard_shape, stage_sources, to_megatron
-from nanotrain.planning.layout import Layout, check_layout, nearest_layouts, with_layout
+from nanotrain.planning.layout import Layout, check_layout, check_ranks, nearest_layouts, with_layout
 from nanotrain.planning.parameters import tensor_shapes
 from nanotrain.planning.pipeline_stages import layers_per_stage, stage_layers
 
@@ -186,3 +186,15 @@ def test_what_is_accepted_can_be_cut_and_what_is_proposed_is_accepted(
             part = to_megatron(model, source, read, tp_rank=layout.tensor - 1, tp_size=layout.tensor)
             assert tuple(part.shape) == shard_shape(model, source, layout.tensor)
     assert names == list(tensor_shapes(model))
+
+
+def test_a_batch_is_checked_before_the_model_is_known():
+    engine = EngineConfig(kind=EngineKind.megatron, megatron=MegatronConfig(tensor_parallel=2))
+    training = replace(PUBLISHED, global_batch_size=12)
+    check_ranks([], training, engine, 8)
+    with pytest.raises(UserError, match=r"to 8 or 16, or use 6 or 12 data-parallel ranks"):
+        check_ranks([], training, engine, 16)
+    with pytest.raises(UserError, match=r"= 2 must divide the number of ranks \(5\); start 4 or 6 ranks"):
+        check_ranks([], training, engine, 5)
+    with pytest.raises(UserError, match=r"\(1\); start 2 ranks"):
+        check_ranks([], training, engine, 1)

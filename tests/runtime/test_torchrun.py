@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from nanotrain.config.errors import UserError
-from nanotrain.runtime.torchrun import Nodes, read_nodes
+from nanotrain.runtime.meeting import Nodes
+from nanotrain.runtime.torchrun import read_nodes
 
 ROOT = Path(__file__).parents[2]
 # Stands for the package's command line.
@@ -33,6 +34,14 @@ if behaviour == "signal":
 if behaviour == "killed twice" and starts < 2 and rank == "1":
     os.kill(os.getpid(), signal.SIGKILL)
 if behaviour == "killed twice" and starts < 2:
+    time.sleep(60)
+if behaviour == "killed once" and starts < 1:
+    if rank == "1":
+        while not (folder / "ready-0").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(75))
+    (folder / "ready-0").touch()
     time.sleep(60)
 if behaviour == "mistake":
     sys.exit(2)
@@ -74,10 +83,17 @@ def test_a_killed_rank_is_named_and_the_run_started_again(start, tmp_path):
     assert len(list((tmp_path / "seen").glob("1-*"))) == 3
 
 
+def test_a_survivor_that_answers_the_agent_as_if_asked_to_stop_does_not_hide_the_kill(start, tmp_path):
+    code, err = finish(start("killed once", restarts=1))
+    assert code == 0, err
+    assert "rank 1 was killed by SIGKILL" in err and "restart 1 of 1" in err
+
+
 @pytest.mark.parametrize(("behaviour", "code", "starts"), [("mistake", 2, 1), ("defect", 1, 2)])
 def test_exit_codes_are_the_runs_own(start, tmp_path, behaviour, code, starts):
     assert finish(start(behaviour, restarts=1))[0] == code
-    assert len(list((tmp_path / "seen").glob("0-*"))) == starts
+    # A rank may be ended before its program has begun.
+    assert max(len(list((tmp_path / "seen").glob(f"{rank}-*"))) for rank in (0, 1)) == starts
 
 
 def test_a_signal_reaches_every_rank_and_is_not_a_failure(start, tmp_path):
@@ -94,7 +110,7 @@ def test_a_signal_reaches_every_rank_and_is_not_a_failure(start, tmp_path):
 
 
 def test_machines_are_read_from_the_environment(monkeypatch):
-    assert read_nodes() == Nodes(1, 0, "localhost:0", "nanotrain")
+    assert read_nodes() == Nodes()
     monkeypatch.setenv("NANOTRAIN_NODES", "2")
     with pytest.raises(UserError, match="NANOTRAIN_RENDEZVOUS"):
         read_nodes()
@@ -104,4 +120,10 @@ def test_machines_are_read_from_the_environment(monkeypatch):
         read_nodes()
     monkeypatch.setenv("NANOTRAIN_NODE_RANK", "one")
     with pytest.raises(UserError, match="'one'"):
+        read_nodes()
+    monkeypatch.setenv("NANOTRAIN_NODE_RANK", "1")
+    monkeypatch.setenv("NANOTRAIN_JOIN_SECONDS", "30")
+    assert read_nodes() == Nodes(2, 1, "first:29500", "nanotrain", 30.0)
+    monkeypatch.setenv("NANOTRAIN_RENDEZVOUS", "first")
+    with pytest.raises(UserError, match=r"NANOTRAIN_RENDEZVOUS \('first'\) must be host:port"):
         read_nodes()
