@@ -32,6 +32,7 @@ from nanotrain.engines.megatron_limits import (
     own_stages,
     require_addressable,
     require_device,
+    require_saveable,
     require_supported,
     smallest_batch,
 )
@@ -69,10 +70,11 @@ class MegatronEngine(Engine):
         set_threads(config.threads)
         self.device = choose_device(config.device)
         require_device(self.device, DEVICE_TYPES)
+        dtype = choose_dtype(config.precision, self.device)
         if training is not None:
             require_addressable(config, model.config, training, self.device)
+            require_saveable(config, model.config, dtype)
         self.model_config, self._layout = model.config, config.megatron
-        dtype = choose_dtype(config.precision, self.device)
         self._start_parallel(config)
         choose_kernels({op: config.kernels.choices()[op] for op in OWN_KERNELS}, self.device)
         on_gpu = self.device.type == "cuda"

@@ -126,6 +126,17 @@ def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
+def require_saveable(engine: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> None:
+    """Raise UserError where megatron-core 0.19 would train but cannot write the state to resume from."""
+    if engine.megatron.distributed_optimizer or dtype is torch.float32 or MAMBA not in model.hybrid_layer_pattern:
+        return
+    raise UserError(
+        "`engine.megatron.distributed_optimizer` (false) cannot save a state in"
+        f" {str(dtype).removeprefix('torch.')}: Mamba-2 layers keep some parameters in fp32, and Megatron-Core's undivided"
+        " optimizer finds no state of those; set it to true."
+    )
+
+
 def own_stages(config: EngineConfig, model: ModelConfig, training: TrainingConfig | None) -> EngineConfig:
     """Split a teacher evenly where `pipeline_layers` is written for the other number of layers of its student."""
     megatron, num_layers = config.megatron, model.num_hidden_layers

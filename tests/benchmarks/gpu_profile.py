@@ -65,7 +65,7 @@ def summarize(spans: Sequence[Span], longest: int = 8) -> dict[str, object]:
 
 
 def record(step: Callable[[], None], warmup: int = 2) -> list[Span]:
-    """Return the kernels of one step, after others without a pause, so that the clock is that of a long run."""
+    """Return the kernels of one step, right after others, so that the clock is that of a long run."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile, schedule
 
@@ -74,7 +74,7 @@ def record(step: Callable[[], None], warmup: int = 2) -> list[Span]:
     ) as recorded:
         for _ in range(warmup + 1):
             step()
-            if recorded.step_num == warmup:
+            if recorded.step_num >= warmup - 1:  # what still runs of the step before would be recorded too
                 torch.cuda.synchronize()
             recorded.step()
     return [

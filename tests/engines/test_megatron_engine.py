@@ -111,7 +111,6 @@ def test_twenty_steps_under_every_layout(reference, tmp_path, layouts, num_ranks
 def test_checkpoints_of_bf16_parameters_hold_their_masters(tmp_path):
     layouts = {
         "dp2": Layout(),
-        "whole": Layout(options={"distributed_optimizer": False}),
         "tp2_sp": Layout(tp=2, sp=True),
         "pp2": Layout(pp=2),
     }

@@ -18,7 +18,13 @@ from nanotrain.config.errors import UserError
 from nanotrain.config.megatron import MegatronConfig
 from nanotrain.config.training import OptimizerConfig, ParameterDtype, StateDtype, TrainingConfig
 from nanotrain.engines import build_engine, megatron_limits
-from nanotrain.engines.megatron_limits import choose_dtype, require_addressable, require_device, require_supported
+from nanotrain.engines.megatron_limits import (
+    choose_dtype,
+    require_addressable,
+    require_device,
+    require_saveable,
+    require_supported,
+)
 from nanotrain.model.hybrid import build_meta_model
 from tests.engines.megatron_ranks import SMALL
 
@@ -58,6 +64,15 @@ def test_what_it_can_do_is_not():
     engine = replace(ENGINE, kernels=KernelsConfig(cross_entropy=FusedKernel.torch), precision=Precision.fp8_blockwise)
     require_supported(engine, SMALL, OPTIMIZER)
     require_supported(ENGINE, SMALL, None)
+
+
+def test_an_optimizer_whose_state_could_not_be_saved_is_refused():
+    whole = replace(ENGINE, megatron=MegatronConfig(distributed_optimizer=False))
+    with pytest.raises(UserError, match=r"engine\.megatron\.distributed_optimizer.*set it to true"):
+        require_saveable(whole, SMALL, torch.bfloat16)
+    require_saveable(whole, SMALL, torch.float32)
+    require_saveable(whole, replace(SMALL, hybrid_layer_pattern="-*-"), torch.bfloat16)
+    require_saveable(ENGINE, SMALL, torch.bfloat16)
 
 
 def test_megatron_that_is_not_installed_is_named(monkeypatch):

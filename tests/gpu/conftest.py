@@ -18,6 +18,13 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_runtest_logreport(report):
+    """Say at once what failed: a run on a borrowed GPU may be cut off before pytest's summary."""
+    if report.failed:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        print(f"\nFAILED {report.nodeid}: {crash.message if crash else report.longrepr}", flush=True)
+
+
 @pytest.fixture(autouse=True)
 def own_choice(monkeypatch):
     monkeypatch.setattr(backends, "_chosen", {})

@@ -49,6 +49,9 @@ def all_cases(shape: Shape, size: int) -> tuple[dict[str, Case], dict[str, str]]
         add("torch fsdp2", precision, data_parallel=DataParallel.fsdp2)
     for name, layout in layouts.items():
         for precision in shape.precisions:
+            if precision is not Precision.fp32 and not layout.distributed_optimizer:
+                left_out[name] = f"refused in {precision.value}: its state could not be saved"
+                continue
             add(f"megatron {name}", precision, kind=EngineKind.megatron, megatron=layout)
             # Rows of one document go through other kernels under context parallelism; data parallelism is beside it.
             if name in (f"cp{size}", f"dp{size}"):
