@@ -95,8 +95,10 @@ def test_without_room_for_the_copy_the_snapshot_goes_directly():
     assert all(copies[name].equal(tensors[name].cpu()) for name in tensors)
 
 
-def test_the_peak_of_past_steps_decides():
+def test_the_peak_of_past_steps_decides(monkeypatch):
+    """The GPU's free memory is made up: other processes share it, and filling it would end their tests."""
     host, tensors = HostSnapshot(DEVICE), large_state()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * GIB, 4 * GIB))
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
         host.hold_updates()
@@ -105,13 +107,12 @@ def test_the_peak_of_past_steps_decides():
     assert host.staged_bytes == 2 * GIB
     gc.collect()
     torch.cuda.empty_cache()
-    wanted = int(0.95 * torch.cuda.mem_get_info()[0])
-    step = torch.empty(wanted, dtype=torch.uint8, device=DEVICE)
+    step = torch.empty(4 * GIB, dtype=torch.uint8, device=DEVICE)
     del step
     torch.cuda.empty_cache()
     host.take(tensors)
     host.wait()
-    assert host.staged_bytes == 0 and host._step_peak >= wanted
+    assert host.staged_bytes == 0 and host._step_peak >= 6 * GIB
 
 
 @pytest.mark.parametrize("way", ["off", "partial", "on", "by itself"])
