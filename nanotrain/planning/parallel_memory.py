@@ -131,8 +131,20 @@ def _activation_bytes(model: ModelConfig, engine: EngineConfig, layers: range, t
         widest = {MAMBA: model.in_proj_size, ATTENTION: model.hidden_size, MLP: model.intermediate_size}[kind]
         again = inner if engine.megatron.recompute is Recompute.full else 0.0
         kept += residual + (inner - again)
-        transient = max(transient, 2 * widest * value / tensor + again)
+        backward = 2 * widest * value + (
+            _scan_bytes(model, value, engine.megatron.context_parallel) if kind == MAMBA else 0
+        )
+        transient = max(transient, backward / tensor + again)
     return kept, transient
+
+
+def _scan_bytes(model: ModelConfig, value: int, context: int) -> float:
+    """Return bytes a token that Mamba-2's backward pass makes beside gradients: states of chunks in fp32, and theirs.
+
+    Under context parallelism heads are exchanged for positions, and the gradient of the projection exists once more.
+    """
+    states = 2 * 4 * model.mamba_inner_size * model.ssm_state_size / model.chunk_size
+    return states + (model.in_proj_size * value if context > 1 else 0)
 
 
 def _layer_bytes(model: ModelConfig, kind: str, value: int, operand: int, split: tuple[int, int]) -> float:

@@ -97,3 +97,18 @@ def test_the_published_layouts_fit_80_gb(published: Callable[[str], ModelConfig]
     assert max(stage.total for stage in large) < 10 * 2**30
     _, (node,) = stages(published("12b"), 8, Precision.fp8_blockwise, tensor_parallel=4, sequence_parallel=True)
     assert node.total < 50 * 2**30
+
+
+def test_long_rows_under_context_parallelism_need_what_two_gpus_measured(
+    published: Callable[[str], ModelConfig],
+) -> None:
+    """31 layers of the 12B, one row of 131,072 tokens, two H200: 76.4 GiB last between steps, a step adds 40.8 (docs/benchmarks)."""
+    model = published("12b")
+    model = replace(model, hybrid_layer_pattern=model.hybrid_layer_pattern[:31])
+    training = replace(TRAINING, global_batch_size=1, sequence_length=131072)
+    megatron = MegatronConfig(context_parallel=2, recompute=Recompute.full)
+    engine = EngineConfig(kind=EngineKind.megatron, precision=Precision.fp8_blockwise, megatron=megatron)
+    (rank,) = memory_per_stage(model, training, engine, check_layout(model, training, engine, 2))
+    lasting = rank.weights + rank.gradients + rank.optimizer_states
+    assert lasting == pytest.approx(76.352 * 2**30, rel=0.01)
+    assert rank.activations + rank.workspace == pytest.approx(40.777 * 2**30, rel=0.02)
