@@ -9,20 +9,13 @@
 #   --out FOLDER where PART.jsonl goes, a line per measurement (default: multi_gpu_results)
 # PYTHON=python3 uses an environment that is there already. Exit code 1: a check failed; the other parts still ran.
 set -euo pipefail
-if [[ -n ${PYTHON:-} ]]; then
-  cd "$(dirname "${BASH_SOURCE[0]}")/.."
-else
-  source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-  make_environment dev
-  cd "$ROOT"
-  PYTHON=$VENV/bin/python
-fi
 gpus='' out=multi_gpu_results device=() only=()
 while [[ ${1:-} == --* ]]; do
   case $1 in
     --gpus) gpus=${2:?--gpus needs a number} && shift 2 ;;
     --out) out=${2:?--out needs a folder} && shift 2 ;;
     --cpu) device=(--cpu) && shift ;;
+    --help) sed -n '2,/^set /{/^set /!p}' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//' && exit ;;
     --only) only=(--only "${2:?--only needs words}") && shift 2 ;;
     *) echo "test_multi_gpu.sh: $1 is not an option; see the head of the script." >&2 && exit 2 ;;
   esac
@@ -41,6 +34,14 @@ for part; do
     exit 2
   fi
 done
+if [[ -n ${PYTHON:-} ]]; then
+  cd "$(dirname "${BASH_SOURCE[0]}")/.."
+else
+  source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+  make_environment dev
+  cd "$ROOT"
+  PYTHON=$VENV/bin/python
+fi
 if [[ -z $gpus ]]; then
   gpus=2
   ((${#device[@]})) || gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')

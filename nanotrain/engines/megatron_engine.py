@@ -50,7 +50,7 @@ from nanotrain.ops.linear_cross_entropy import token_log_probabilities
 from nanotrain.planning.layout import check_layout
 from nanotrain.planning.parameters import tensor_shapes
 from nanotrain.planning.pipeline_stages import stage_layers
-from nanotrain.runtime.distributed import World, from_first, start_ranks
+from nanotrain.runtime.distributed import COLLECTIVE_TIMEOUT, World, from_first, start_ranks
 from nanotrain.runtime.logging import log_once
 
 DEVICE_TYPES = {"cuda"}
@@ -110,7 +110,12 @@ class MegatronEngine(Engine):
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         sizes = (megatron.tensor_parallel, megatron.pipeline_parallel, megatron.context_parallel)
         if not parallel_state.model_parallel_is_initialized():
-            parallel_state.initialize_model_parallel(sizes[0], sizes[1], context_parallel_size=sizes[2])
+            parallel_state.initialize_model_parallel(
+                sizes[0],
+                sizes[1],
+                context_parallel_size=sizes[2],
+                distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT.total_seconds() // 60),
+            )
             model_parallel_cuda_manual_seed(0)  # nothing here is random; some layers want the generators to exist
         assert sizes == (
             parallel_state.get_tensor_model_parallel_world_size(),

@@ -3,7 +3,7 @@
 import gc
 import time
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,18 +28,15 @@ def connect(shape: Shape) -> World:
 
 @cache
 def prepare_megatron(device: Device) -> None:
-    """Import Megatron-Core, let it run on CPU ranks where they are that, and shorten the waits of its groups."""
+    """Let Megatron-Core run on CPU ranks where they are that, and shorten the waits of its groups."""
     if device is Device.cpu:
         from tests import megatron_cpu
 
         megatron_cpu.install()
-    from megatron.core import parallel_state
+    from nanotrain.engines import megatron_engine
 
-    # Its own groups would wait for half an hour.
-    parallel_state.initialize_model_parallel = partial(
-        parallel_state.initialize_model_parallel,
-        distributed_timeout_minutes=COLLECTIVE_SECONDS / 60 * patience(cpu=device is Device.cpu),
-    )
+    seconds = COLLECTIVE_SECONDS * patience(cpu=device is Device.cpu)
+    megatron_engine.COLLECTIVE_TIMEOUT = timedelta(seconds=seconds)
 
 
 def all_batches(shape: Shape, step: int, *, packed: bool) -> list[MicroBatch]:
