@@ -2,12 +2,13 @@
 
     python -m tests.benchmarks.bench_parts_12b OUT.jsonl [--tokens 8192] [--chunks 128 256] [--skip PART ...]
 
-Parts: gemm, quantiser, mlp, core. Milliseconds are medians of interleaved rounds on random data, weights quantised once.
+Parts: gemm, widths, quantiser, mlp, core. Milliseconds are medians of interleaved rounds on random data, weights quantised once.
 """
 
 import argparse
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,22 @@ SHAPES = {
     "q": (5120, 5120),
 }
 """[N, K] of the layers' weights."""
+
+
+def _widths() -> list[tuple[str, int, int]]:
+    found = []
+    for tensor in (1, 2, 4):
+        for model, hidden, whole in (("9B", 4480, 15680), ("12B", 5120, 20480)):
+            width = whole // tensor
+            padded = -(-width // 128) * 128
+            for rows in sorted({width, padded}):
+                name = f"{model} / {tensor}{', padded' if rows > width else ''}"
+                found += [(name, rows, hidden), (name, hidden, rows)]
+    return found
+
+
+WIDTHS = _widths()
+"""(name, N, K) of the MLP's two matrices on one of so many tensor-parallel ranks."""
 
 
 def difference(a: Tensor, b: Tensor) -> float:
@@ -73,6 +90,27 @@ def _products_of(tokens: int, n: int, k: int) -> dict[str, object]:
         "error_deep_gemm": [difference(a[:512], e) for a, e in zip(mine, exact, strict=True)],
         **{form: t["median_ms"] for form, t in times.items()},
     }
+
+
+def compare_widths(tokens: int, out: Path) -> None:
+    """The 9B's MLP under tensor parallelism, whose rows are no multiple of a block of 128, beside the next multiple and the 12B's.
+
+    Transformer Engine's three products each, as operations a second.
+    """
+    te, kind = load_fp8_products(Precision.fp8_blockwise, DEVICE), torch.bfloat16
+    for name, n, k in WIDTHS:
+        x, grad = (torch.randn(tokens, width, device=DEVICE, dtype=kind) for width in (k, n))
+        weight = torch.randn(n, k, device=DEVICE, dtype=kind) / k**0.5
+        qx, qw, qg = te.quantize_activation(x, columns=True), te.quantize_weight(weight), te.quantize_gradient(grad)
+        forms = {
+            "output": partial(te.output, qx, qw, kind),
+            "input gradient": partial(te.input_gradient, qg, qw, kind),
+            "weight gradient": partial(te.weight_gradient, qg, qx, kind),
+            "quantised weight": partial(te.quantize_weight, weight),
+        }
+        times = {form: t["median_ms"] for form, t in interleaved(forms, 9).items()}
+        rates = {f"{form}_tflops": 2e-9 * tokens * n * k / ms for form, ms in list(times.items())[:3]}
+        write(out, {"part": "widths", "shape": name, "rows": n, "columns": k, **times, **rates})
 
 
 def compare_quantisers(tokens: int, out: Path) -> None:
@@ -171,6 +209,7 @@ def main() -> None:
     parts = {
         "quantiser": lambda: compare_quantisers(options.tokens, options.out),
         "gemm": lambda: compare_products(options.tokens, options.out),
+        "widths": lambda: compare_widths(options.tokens, options.out),
         "mlp": lambda: compare_mlps(options.tokens, options.out),
         "core": lambda: compare_cores(options.tokens, options.chunks, options.out),
     }
