@@ -71,11 +71,14 @@ def peak_memory_bytes() -> int:
 
 
 def memory_bytes(device_type: str) -> int:
-    """Return the memory in use: the device allocator's on a GPU, the process's resident set on a CPU."""
+    """Return the memory that training takes: on a CPU the process's resident set, on a GPU the most allocated at once.
+
+    The latter since the last save, whose copy of the state is no part of it (checkpoint/host_snapshot.py).
+    """
     if device_type == "cuda":
         import torch
 
-        return torch.cuda.memory_allocated()
+        return torch.cuda.max_memory_allocated()
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text(encoding="ascii").split()[1]) * resource.getpagesize()
