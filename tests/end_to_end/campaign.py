@@ -156,7 +156,9 @@ class Campaign:
             patience = self.calm_seconds * self._chance.uniform(0.05, 0.6) * grown if disturb else 240.0
             if self._ended_by_itself(ranks, patience):
                 return True
-            assert disturb, ("the run hangs", ranks.output[-3000:])
+            if not disturb:
+                ranks.print_stacks()
+                raise AssertionError(f"the run hangs\n{ranks.output[-9000:]}")
             self._kill(ranks, output, outcome)
             return False
         finally:
@@ -185,7 +187,9 @@ class Campaign:
             ranks.signal(signal.SIGTERM)  # what torchrun's agent does with the others
         codes = ranks.wait(MAX_END_SECONDS)
         outcome.longest_end_seconds = max(outcome.longest_end_seconds, time.monotonic() - started)
-        assert codes is not None, ("a rank goes on without the others", ranks.output[-3000:])
+        if codes is None:
+            ranks.print_stacks()
+            raise AssertionError(f"a rank goes on without the others (a polite signal: {polite})\n{ranks.output[-9000:]}")
         _, left = psutil.wait_procs(ranks.processes_left(), timeout=10)
         assert not left, ("the ranks left processes behind", [one.cmdline() for one in left])
         if polite:

@@ -4,6 +4,7 @@ The whole pipeline at the smallest size, on made-up text in the layout of the re
 """
 
 import contextlib
+import faulthandler
 import importlib.util
 import json
 import multiprocessing
@@ -12,6 +13,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 import uuid
 from contextlib import ExitStack
 from multiprocessing.process import BaseProcess
@@ -158,6 +160,11 @@ class Ranks:
         """Whether some rank has come to its end."""
         return any(not process.is_alive() for process in self.processes)
 
+    def print_stacks(self) -> None:
+        """Have each rank that still runs write the stacks of its threads to its log."""
+        self.signal(signal.SIGUSR2)
+        time.sleep(2)
+
     def processes_left(self) -> list[psutil.Process]:
         """Return what the ranks started and left behind."""
         return [one for one in psutil.process_iter() if self._mark in _variable(one, MARK)]
@@ -192,11 +199,16 @@ def _rank(
         log = stack.enter_context(file.open("w", encoding="utf-8"))
         os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
         sys.stdout = sys.stderr = sys.__stderr__ = log
+        faulthandler.register(signal.SIGUSR2, log, all_threads=True)
         if megatron:
             megatron_cpu.install()
         corpus.ensure_wheels = lambda packages, target: wheels
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        code = main(arguments)
+        try:
+            code = main(arguments)
+        except BaseException:
+            traceback.print_exc(file=log)  # here, because the log closes before this process says it itself
+            raise
         log.flush()
     os._exit(code)  # what a torchrun rank does: no waiting for threads of libraries
 
