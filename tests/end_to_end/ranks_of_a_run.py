@@ -196,7 +196,7 @@ def _rank(
     os.chdir(ROOT)
     torch.set_num_threads(1)
     with ExitStack() as stack:
-        log = stack.enter_context(file.open("w", encoding="utf-8"))
+        log = stack.enter_context(file.open("w", buffering=1, encoding="utf-8"))
         os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
         sys.stdout = sys.stderr = sys.__stderr__ = log
         faulthandler.register(signal.SIGUSR2, log, all_threads=True)
