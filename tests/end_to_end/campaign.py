@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 
 from nanotrain.checkpoint.resume import find_defect
+from nanotrain.runtime.rank_process import end_with
 from tests.end_to_end.rank_engines import ENGINES, RankEngine
 from tests.end_to_end.ranks_of_a_run import (
     RECIPE,
@@ -189,7 +190,9 @@ class Campaign:
         outcome.longest_end_seconds = max(outcome.longest_end_seconds, time.monotonic() - started)
         if codes is None:
             ranks.print_stacks()
-            raise AssertionError(f"a rank goes on without the others (a polite signal: {polite})\n{ranks.output[-9000:]}")
+            raise AssertionError(
+                f"a rank goes on without the others (a polite signal: {polite})\n{ranks.output[-9000:]}"
+            )
         _, left = psutil.wait_procs(ranks.processes_left(), timeout=10)
         assert not left, ("the ranks left processes behind", [one.cmdline() for one in left])
         if polite:
@@ -212,7 +215,11 @@ def _moment(output: Path) -> str:
 
 
 def run_configuration(out: Path, name: str, size: int, kills: int, seconds: float) -> None:
-    """Kill runs of one engine until `out` counts so many kills of it, and append each run that is through."""
+    """Kill runs of one engine until `out` counts so many kills of it, and append each run that is through.
+
+    Belongs into a process of its own.
+    """
+    end_with(os.getppid())
     engine = ENGINES[name]
     earlier = [row for row in rows_of(out) if (row["engine"], row["ranks"]) == (name, size)]
     remaining = kills - sum(row["kills"] for row in earlier)

@@ -12,10 +12,12 @@ class RankEngine:
     overrides: tuple[str, ...]
     imports: tuple[str, ...] = ("nanotrain.engines.torch_engine",)
     """Modules that a rank would import late."""
+    library: str | None = None
+    """What must be installed beside torch."""
 
     @property
     def is_megatron(self) -> bool:
-        return "nanotrain.engines.megatron_engine" in self.imports
+        return self.library == "megatron"
 
     def layout(self, size: int) -> str:
         """Return how `size` ranks share the work, in words."""
@@ -32,11 +34,11 @@ class RankEngine:
 
 def _megatron(*options: str) -> RankEngine:
     own = tuple(f"engine.megatron.{option}" for option in options)
-    return RankEngine(("engine=megatron_1gpu", *_FP32, *own), ("nanotrain.engines.megatron_engine",))
+    return RankEngine(("engine=megatron_1gpu", *_FP32, *own), ("nanotrain.engines.megatron_engine",), "megatron")
 
 
 def _zero(name: str) -> RankEngine:
-    return RankEngine((f"engine=deepspeed_{name}", *_FP32), ("nanotrain.engines.deepspeed_engine",))
+    return RankEngine((f"engine=deepspeed_{name}", *_FP32), ("nanotrain.engines.deepspeed_engine",), "deepspeed")
 
 
 ENGINES = {

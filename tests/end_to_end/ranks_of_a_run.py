@@ -25,6 +25,7 @@ import psutil
 from nanotrain.cli import main
 from nanotrain.data import corpus
 from nanotrain.runtime.files import file_digest, folder_digest
+from nanotrain.runtime.rank_process import end_with
 from tests import megatron_cpu
 from tests.end_to_end.rank_engines import ENGINES, RankEngine
 from tests.end_to_end.shortened import without_clocks
@@ -192,6 +193,7 @@ def _rank(
 ) -> None:
     import torch
 
+    end_with(os.getppid())
     os.environ |= environment
     os.chdir(ROOT)
     torch.set_num_threads(1)
