@@ -154,7 +154,7 @@ class Campaign:
         try:
             # The patience grows, so that a loaded machine cannot starve the run.
             grown = 1 + outcome.kills / 10
-            patience = self.calm_seconds * self._chance.uniform(0.05, 0.6) * grown if disturb else 240.0
+            patience = self.calm_seconds * self._chance.uniform(0.05, 0.4) * grown if disturb else 240.0
             if self._ended_by_itself(ranks, patience):
                 return True
             if not disturb:
@@ -176,7 +176,8 @@ class Campaign:
         return False
 
     def _kill(self, ranks: Ranks, output: Path, outcome: Outcome) -> None:
-        outcome.moments[_moment(output)] += 1
+        moment = _moment(output)
+        outcome.moments[moment] += 1
         outcome.kills += 1
         started = time.monotonic()
         polite = self._chance.random() < 0.2
@@ -199,6 +200,8 @@ class Campaign:
             # A signal may reach a rank before its handlers are there, and some ranks when they are through already.
             allowed = {75, 0, -signal.SIGTERM, -signal.SIGUSR1}
             assert not output.exists() or allowed & set(codes), (codes, ranks.output[-3000:])
+            nothing_left = moment in ("export", "between entries")
+            assert nothing_left or any(codes), ("the run went on to its end", moment, ranks.output[-3000:])
         for state in output.glob("*/state/step-*"):
             assert find_defect(state) is None, f"{state} is incomplete under its final name"
             outcome.states_checked += 1
