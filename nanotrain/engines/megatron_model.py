@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.activations import squared_relu as fused_squared_relu
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -253,6 +255,9 @@ def snapshot(root: MegatronRoot, optimizer: MegatronOptimizer, dp_cp_group: dist
             sharded.data = torch.empty_like(sharded.data, device="cpu").copy_(sharded.data.detach())
 
     def write(folder: Path) -> None:
+        # For the results of its writer Megatron would start a server process, which outlives a rank that is killed; this
+        # thread is the writer.
+        filesystem_async._results_queue = SimpleQueue()
         dist_checkpointing.save(state, str(folder))
 
     return write

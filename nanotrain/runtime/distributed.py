@@ -24,6 +24,8 @@ CONTROL_TIMEOUT = timedelta(days=14)
 """Of decisions; a rank that died is noticed at once, because its connection closes."""
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """Of tensors; a rank that hangs ends the others after it."""
+_CONNECT_TIMEOUT, _CONNECT_TIMEOUT_PER_RANK = timedelta(seconds=30), timedelta(seconds=0.1)
+"""Of making a group. A rank that dies meanwhile has no connection yet that could close, and no signal is answered."""
 _POLL_SECONDS = 0.02
 """Waiting for the first rank is done in Python, so that a signal is answered meanwhile."""
 
@@ -167,12 +169,24 @@ def choose_backend(world: World) -> str:
 
 
 def open_channel() -> Channel:
-    """Return a channel of its own for a thread; every rank opens it at the same place of its main thread."""
+    """Return a channel of its own for a thread; every rank opens it at the same place of its main thread.
+
+    Raises:
+        RuntimeError: a rank was lost while the others were connecting.
+    """
     import torch.distributed as dist
 
     if not dist.is_initialized():
         return Channel(None)
-    return Channel(dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
+    wait_for_all()  # however late one comes; from here on they connect at once
+    group = dist.new_group(backend="gloo", timeout=connect_timeout())
+    dist.distributed_c10d._set_pg_timeout(CONTROL_TIMEOUT, group)
+    return Channel(group)
+
+
+def connect_timeout() -> timedelta:
+    """Return how long ranks that have come to the same place may take to connect."""
+    return _CONNECT_TIMEOUT + _CONNECT_TIMEOUT_PER_RANK * current_world().size
 
 
 def stop_ranks() -> None:

@@ -13,7 +13,7 @@ from nanotrain.config.training import SpikeAction, TrainingConfig
 from nanotrain.engines.base import Engine, StepResult
 from nanotrain.losses.base import LossFn
 from nanotrain.optim.lr_schedule import learning_rate
-from nanotrain.runtime.distributed import any_of, current_world, on_first
+from nanotrain.runtime.distributed import any_of, current_world, on_any_rank, on_first
 from nanotrain.runtime.run import Run
 from nanotrain.runtime.seeding import derived_seed, seed_everything
 from nanotrain.runtime.signals import Preempted, PreemptionGuard
@@ -107,7 +107,7 @@ class _Loop:
                         bar.set_postfix_str(describe(line), refresh=False)
                     bar.update(1)
                     self._save_or_stop(step + 1, preemption)
-                self._states.settle()
+                self._finish(preemption)
         finally:
             self._states.close()
         return self._summary()
@@ -178,7 +178,7 @@ class _Loop:
         stop, due, writing = any_of(stop, due, states.writing)
         if not writing:
             states.settle()  # at once: the thread is done on every rank
-        stop = stop and done < self._config.steps
+        stop = stop and done < self._config.steps  # after the last step `_finish` asks
         if stop or states.due_by_step(done) or (due and not writing):
             self._watchdog.beat(f"saving after step {done}")
             self._progress.seconds = self._meter.seconds
@@ -186,6 +186,17 @@ class _Loop:
         if stop:
             saved = states.settle()
             raise Preempted(preemption.received or "a signal to another rank", done if saved else states.newest_step)
+
+    def _finish(self, preemption: PreemptionGuard) -> None:
+        """Wait for the last state. A signal since the last step stops the run here: what comes after has not heard of it.
+
+        Raises:
+            Preempted: with the step of the newest state, should storage have refused the last one.
+        """
+        saved = self._states.settle()
+        if on_any_rank(preemption.received is not None):
+            step = self._progress.step if saved else self._states.newest_step
+            raise Preempted(preemption.received or "a signal to another rank", step)
 
     def _summary(self) -> TrainingSummary:
         progress = self._progress

@@ -3,6 +3,8 @@
 The whole pipeline at the smallest size, on made-up text in the layout of the real packages.
 """
 
+import contextlib
+import faulthandler
 import importlib.util
 import json
 import multiprocessing
@@ -11,18 +13,27 @@ import signal
 import socket
 import sys
 import time
+import traceback
+import uuid
 from contextlib import ExitStack
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from nanotrain.cli import main
 from nanotrain.data import corpus
 from nanotrain.runtime.files import file_digest, folder_digest
+from nanotrain.runtime.rank_process import end_with
+from tests import megatron_cpu
+from tests.end_to_end.rank_engines import ENGINES, RankEngine
 from tests.end_to_end.shortened import without_clocks
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "recipes/quickstart/pipeline.yaml")
+MARK = "NANOTRAIN_TEST_RANKS"
+"""Environment variable that the processes of one attempt share; a rank has set it itself, so only its children show it."""
 TRAINED = ("pretrain", "distill", "sft")
 _TRAINING = ["global_batch_size=4", "micro_batch_size=1", "sequence_length=64", "evaluation_interval=0"]
 _TRAINING += ["schedule.warmup_steps=1", "schedule.decay_steps=1", "evaluation_tokens=200", "keep_last=2"]
@@ -33,9 +44,7 @@ _PRUNE += ["search.intermediate_size=[48]", "search.mamba_num_heads=[4]", "searc
 _EVALUATE = ["num_prompts=2", "max_new_tokens=6", "sequence_length=64", "max_validation_tokens=500"]
 _EVALUATE += ["thinking_budgets=[2]", "thinking_grace=2"]
 _CORPUS = ["vocab_size=1280", "validation_fraction=0.15", "num_chat_rows=60", "num_chat_validation_rows=20"]
-SETTINGS = [
-    "engine=torch_cpu",
-    "engine.threads=1",
+_SETTINGS = [
     *(f"prepare.stage.corpus.{value}" for value in _CORPUS),
     *(f"pretrain.stage.model.{value}" for value in _MODEL),
     *(f"{entry}.stage.training.{value}" for entry in TRAINED for value in _TRAINING),
@@ -56,28 +65,39 @@ def write_short_pipeline(folder: Path) -> str:
     return str(file)
 
 
-def short_settings(steps: int) -> list[str]:
+def short_settings(steps: int, engine: RankEngine = ENGINES["ddp"]) -> list[str]:
     """Return the overrides of the short pipeline; a state is saved as often as the writing allows."""
-    kept = [text for text in settings(steps, 1e-6) if text.split(".")[0] not in ("prune", "distill", "sft", "evaluate")]
+    kept = [
+        text
+        for text in settings(steps, 1e-6, engine)
+        if text.split(".")[0] not in ("prune", "distill", "sft", "evaluate")
+    ]
     return [*kept, "export.stage.init_from=pretrain"]
 
 
-def settings(steps: int, save_seconds: float) -> list[str]:
+def settings(steps: int, save_seconds: float, engine: RankEngine = ENGINES["ddp"]) -> list[str]:
     """Return the overrides of the smallest pipeline with `steps` steps a training stage."""
     lengths = [f"{entry}.stage.training.steps={steps}" for entry in TRAINED]
-    return [*SETTINGS, *lengths, *(f"{entry}.stage.training.save_interval_seconds={save_seconds}" for entry in TRAINED)]
+    return [
+        *engine.overrides,
+        *_SETTINGS,
+        *lengths,
+        *(f"{entry}.stage.training.save_interval_seconds={save_seconds}" for entry in TRAINED),
+    ]
 
 
 # With what the stages and torch's parallel wrappers import late, or each of hundreds of processes would do it again.
 _PRELOADED = ["tests.end_to_end.ranks_of_a_run", "nanotrain.stages", "nanotrain.pipeline.run", "torch._dynamo"]
 _PRELOADED += ["nanotrain.pipeline.resume_check", "torch.distributed.fsdp", "torch.distributed.tensor", "wandb"]
-_PRELOADED += [
-    "transformers.models.nemotron_h.modeling_nemotron_h",
-    "nanotrain.report.build",
-    "nanotrain.engines.torch_engine",
-]
+_PRELOADED += ["transformers.models.nemotron_h.modeling_nemotron_h", "nanotrain.report.build"]
+_PRELOADED += [*ENGINES["ddp"].imports]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_PRELOADED)
+
+
+def preload(engine: RankEngine) -> None:
+    """Have the ranks come out of a process that has this engine's library too; only before the first of them."""
+    _context.set_forkserver_preload([*_PRELOADED, *engine.imports])
 
 
 def warm_up() -> None:
@@ -105,17 +125,20 @@ def free_port() -> int:
 class Ranks:
     """The processes of one attempt at a run."""
 
-    def __init__(self, arguments: list[str], size: int, wheels: dict[str, Path], logs: Path) -> None:
+    def __init__(
+        self, arguments: list[str], size: int, wheels: dict[str, Path], logs: Path, *, megatron: bool = False
+    ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         port = str(free_port())
+        self._mark = uuid.uuid4().hex
         self._files = [logs / f"rank-{rank}.log" for rank in range(size)]
         self.processes: list[BaseProcess] = []
         for rank, file in enumerate(self._files):
-            environment = {"OMP_NUM_THREADS": "1"}
+            environment = {"OMP_NUM_THREADS": "1", MARK: self._mark}
             if size > 1:
                 environment |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
                 environment |= {"LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            process = _context.Process(target=_rank, args=(arguments, environment, wheels, file))
+            process = _context.Process(target=_rank, args=(arguments, environment, wheels, file, megatron))
             process.start()
             self.processes.append(process)
 
@@ -138,6 +161,15 @@ class Ranks:
         """Whether some rank has come to its end."""
         return any(not process.is_alive() for process in self.processes)
 
+    def print_stacks(self) -> None:
+        """Have each rank that still runs write the stacks of its threads to its log."""
+        self.signal(signal.SIGUSR2)
+        time.sleep(2)
+
+    def processes_left(self) -> list[psutil.Process]:
+        """Return what the ranks started and left behind."""
+        return [one for one in psutil.process_iter() if self._mark in _variable(one, MARK)]
+
     def kill(self) -> None:
         """Leave none behind."""
         for process in self.processes:
@@ -150,19 +182,35 @@ class Ranks:
         return "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in self._files if file.exists())
 
 
-def _rank(arguments: list[str], environment: dict[str, str], wheels: dict[str, Path], file: Path) -> None:
+def _variable(process: psutil.Process, name: str) -> str:
+    with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+        return process.environ().get(name, "")
+    return ""
+
+
+def _rank(
+    arguments: list[str], environment: dict[str, str], wheels: dict[str, Path], file: Path, megatron: bool
+) -> None:
     import torch
 
+    end_with(os.getppid())
     os.environ |= environment
     os.chdir(ROOT)
     torch.set_num_threads(1)
     with ExitStack() as stack:
-        log = stack.enter_context(file.open("w", encoding="utf-8"))
+        log = stack.enter_context(file.open("w", buffering=1, encoding="utf-8"))
         os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
         sys.stdout = sys.stderr = sys.__stderr__ = log
+        faulthandler.register(signal.SIGUSR2, log, all_threads=True)
+        if megatron:
+            megatron_cpu.install()
         corpus.ensure_wheels = lambda packages, target: wheels
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        code = main(arguments)
+        try:
+            code = main(arguments)
+        except BaseException:
+            traceback.print_exc(file=log)  # here, because the log closes before this process says it itself
+            raise
         log.flush()
     os._exit(code)  # what a torchrun rank does: no waiting for threads of libraries
 

@@ -1,5 +1,6 @@
 """What the Megatron engine's tests run on their ranks. A spawned rank imports Megatron once and goes through several layouts."""
 
+import multiprocessing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,16 @@ def compare_layouts(layouts: dict[str, Layout], folder: str, num_steps: int) -> 
         assert engine.first_difference(saved) is None
         stop_megatron()
     return curves
+
+
+def processes_after_a_save(folder: str) -> list[str]:
+    """Return the processes that this rank has started by the end of a save."""
+    start_megatron()
+    engine = build(Layout())
+    engine.init_weights(SEED)
+    engine.save_state(Path(folder))
+    stop_megatron()
+    return [process.name for process in multiprocessing.active_children()]
 
 
 def compare_distillation(layouts: dict[str, Layout], num_steps: int) -> dict[str, list[tuple[float, float]]]:

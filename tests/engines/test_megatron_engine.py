@@ -26,6 +26,7 @@ from tests.engines.megatron_ranks import (
     continue_elsewhere,
     distill,
     export_initial_weights,
+    processes_after_a_save,
     train,
 )
 from tests.ranks import run_ranks
@@ -84,11 +85,17 @@ def assert_same_curve(got: Curve, expected: Curve) -> None:
     torch.testing.assert_close(got.logprobs, expected.logprobs, rtol=1e-4, atol=1e-4)
 
 
+def train_and_save(layouts: dict[str, Layout], folder: str, num_steps: int) -> tuple[dict[str, Curve], list[str]]:
+    return compare_layouts(layouts, folder, num_steps), processes_after_a_save(f"{folder}/state")
+
+
 def check_layouts(layouts: dict[str, Layout], num_ranks: int, num_steps: int, reference, folder: Path) -> None:
-    ranks = run_ranks(compare_layouts, num_ranks, layouts, str(folder), num_steps)
+    (folder / "state").mkdir()
+    ranks = run_ranks(train_and_save, num_ranks, layouts, str(folder), num_steps)
+    assert all(processes == [] for _, processes in ranks), "a save's helper would outlive a rank that is killed"
     for name, layout in layouts.items():
         expected, checkpoint = reference(num_steps, layout.packed)
-        for curves in ranks:
+        for curves, _ in ranks:
             assert_same_curve(curves[name], expected)
         weights = load_state_dict(checkpoint)
         saved = load_state_dict(folder / name)

@@ -13,10 +13,12 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
+PROGRAMS = ("setpriv", "munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
+START_SECONDS = 180
+"""The daemons are there in five; an ended one is noticed at once."""
 
 _CONF = """\
 ClusterName=one
@@ -48,9 +50,15 @@ AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 JobAcctGatherType=jobacct_gather/none
 KillWait=10
-MinJobAge=600
-SlurmdTimeout=30
+MinJobAge=900
 InactiveLimit=0
+# Patient, so that a loaded machine does not look like a dead node: the start of a batch script has 10 s by default, and one
+# that needs longer goes back into the queue.
+BatchStartTimeout=120
+MessageTimeout=60
+TCPTimeout=30
+SlurmctldTimeout=300
+SlurmdTimeout=300
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 State=UNKNOWN
 PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES
@@ -80,10 +88,11 @@ def one_machine_cluster() -> Iterator[dict[str, str]]:
         try:
             for command in _commands(folder):
                 with open(folder / f"{command[0]}.out", "ab") as out:
-                    daemons.append(subprocess.Popen(command, env=environment, stdout=out, stderr=out))
+                    bound = ["setpriv", "--pdeathsig", "TERM", *command]  # not even a killed test leaves one behind
+                    daemons.append(subprocess.Popen(bound, env=environment, stdout=out, stderr=out))
                 if command[0] == "munged":
-                    _wait_for((folder / "munge.socket").exists, "munged's socket")
-            _wait_for(lambda: _idle_nodes(environment) == 2, "two idle nodes", seconds=60)
+                    _wait_for((folder / "munge.socket").exists, "munged's socket", daemons)
+            _wait_for(lambda: _idle_nodes(environment) == 2, "two idle nodes", daemons)
             yield environment
         except BaseException:
             for log in sorted([*folder.glob("*.log"), *folder.glob("*.out")]):
@@ -114,8 +123,8 @@ def _commands(folder: Path) -> list[list[str]]:
 
 def _stop(daemons: list[subprocess.Popen[bytes]], environment: dict[str, str], folder: Path) -> None:
     """End the jobs, then the daemons: the processes of a job outlive daemons that go first."""
-    subprocess.run(["scancel", "--user=root"], env=environment, check=False, capture_output=True, timeout=30)
-    end = time.monotonic() + 30
+    _output(environment, "scancel", "--user=root")
+    end = time.monotonic() + 60
     while _output(environment, "squeue", "--noheader") and time.monotonic() < end:
         time.sleep(0.1)
     for daemon in reversed(daemons):
@@ -152,15 +161,21 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _output(environment: dict[str, str], *command: str) -> str:
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stdout
+    """Return what a program of SLURM says; nothing where it has no answer within a minute."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+        return done.stdout
+    return ""
 
 
 def _idle_nodes(environment: dict[str, str]) -> int:
     return _output(environment, "sinfo", "--noheader", "--Node", "--format=%N %T").count(" idle")
 
 
-def _wait_for(condition, what: str, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
+def _wait_for(condition: Callable[[], bool], what: str, daemons: list[subprocess.Popen[bytes]]) -> None:
+    end = time.monotonic() + START_SECONDS
     while not condition():
-        assert time.monotonic() < end, f"{what} did not come within {seconds} s"
+        ended = [daemon.args for daemon in daemons if daemon.poll() is not None]
+        assert not ended, f"{what}: {ended} ended"
+        assert time.monotonic() < end, f"{what} did not come within {START_SECONDS} s"
         time.sleep(0.1)

@@ -1,8 +1,12 @@
 """Ranks: who they are, and that decisions are the same on all of them."""
 
+import time
+from datetime import timedelta
+
 import pytest
 
 from nanotrain.config.errors import UserError
+from nanotrain.runtime import distributed
 from nanotrain.runtime.distributed import (
     World,
     current_world,
@@ -48,6 +52,32 @@ def test_a_broken_environment_is_named(monkeypatch, value):
         current_world()
 
 
+def a_rank_lost_while_the_others_connect() -> str:
+    """One rank never opens the channel, as if it had died on the way."""
+    if current_world().rank == 2:
+        wait_for_all()
+        return "lost"
+    with pytest.raises(RuntimeError) as caught:
+        distributed.open_channel()
+    return str(caught.value)
+
+
+def late_on_a_channel() -> int:
+    """A decision that takes longer than connecting may."""
+    channel = distributed.open_channel()
+    if current_world().is_first:
+        time.sleep(3.5)
+    return channel.from_first(current_world().rank)
+
+
+def connections() -> tuple[int, str, float]:
+    distributed._CONNECT_TIMEOUT = timedelta(seconds=3)
+    late = late_on_a_channel()
+    started = time.monotonic()
+    said = a_rank_lost_while_the_others_connect()
+    return late, said, time.monotonic() - started
+
+
 def decisions():
     world = current_world()
     wait_for_all()
@@ -59,8 +89,16 @@ def decisions():
     )
 
 
-def test_decisions_are_the_same_on_every_rank():
-    assert run_ranks(decisions, 3) == [({"rank": 0}, [0, 10, 20], True, False)] * 3
+def decide_and_connect():
+    return decisions(), connections()
+
+
+def test_decisions_are_the_same_on_every_rank_and_one_lost_while_the_others_connect_ends_them():
+    for rank, (decided, (late, said, seconds)) in enumerate(run_ranks(decide_and_connect, 3)):
+        assert decided == ({"rank": 0}, [0, 10, 20], True, False)
+        assert late == 0, "a decision may take longer than connecting"
+        assert said == "lost" if rank == 2 else "timeout" in said.lower()
+        assert seconds < 20
 
 
 def fail_on_the_second():

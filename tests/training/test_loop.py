@@ -136,6 +136,19 @@ def test_a_signal_saves_and_ends(tmp_path, random_loader, number):
     assert train(fresh_engine(), random_loader, CrossEntropy(), config, run_in(tmp_path)).steps == 8
 
 
+def test_a_signal_in_the_last_step_stops_the_run_before_what_comes_after(tmp_path, random_loader):
+    run, last = run_in(tmp_path / "stopped"), CONFIG.steps - 1
+    loader = Interrupting(random_loader, last, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Preempted) as caught:
+        train(fresh_engine(), loader, CrossEntropy(), CONFIG, run)
+    assert caught.value.step == CONFIG.steps
+    resumed, straight = fresh_engine(), fresh_engine()
+    summary = train(resumed, random_loader, CrossEntropy(), CONFIG, run)
+    assert summary.steps == CONFIG.steps
+    train(straight, random_loader, CrossEntropy(), CONFIG, run_in(tmp_path / "straight"))
+    assert all(tensor.equal(weights(straight)[name]) for name, tensor in weights(resumed).items())
+
+
 def test_a_damaged_state_is_passed_over(tmp_path, random_loader, caplog):
     with pytest.raises(Crash):
         train(fresh_engine(), Interrupting(random_loader, 5, crash), CrossEntropy(), CONFIG, run_in(tmp_path))
