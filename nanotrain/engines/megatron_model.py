@@ -29,6 +29,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
+from nanotrain.checkpoint.pickled_names import plain_values, require_plain_metadata
 from nanotrain.config.engine import FP8_PRECISIONS, EngineConfig
 from nanotrain.config.megatron import Recompute
 from nanotrain.config.model import ModelConfig
@@ -266,7 +267,10 @@ def snapshot(root: MegatronRoot, optimizer: MegatronOptimizer, dp_cp_group: dist
 def restore(root: MegatronRoot, optimizer: MegatronOptimizer, dp_cp_group: dist.ProcessGroup, folder: Path) -> None:
     """Read what `snapshot` wrote under this or another layout."""
     with torch.no_grad():
-        state = dist_checkpointing.load(_sharded_state(root, optimizer, dp_cp_group, is_loading=True), str(folder))
+        require_plain_metadata(folder)
+        wanted = _sharded_state(root, optimizer, dp_cp_group, is_loading=True)
+        with plain_values(folder):
+            state = dist_checkpointing.load(wanted, str(folder))
         root.load_state_dict(state["model"])
         for one in _with_torch_adamw(optimizer):
             set_states = one._set_main_param_and_optimizer_states
