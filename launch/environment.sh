@@ -1,4 +1,4 @@
-# Sourced by quickstart.sh, test.sh and .ci/run: finds a Python, and makes or updates a virtual environment.
+# Sourced by the launch scripts and .ci/run: finds a Python, and makes or updates a virtual environment.
 #
 #   PYTHON           the interpreter to use, instead of looking for one
 #   NANOTRAIN_VENV   where the environment lies (default: .venv in the checkout)
@@ -95,4 +95,14 @@ make_environment() {
   if command -v flock >/dev/null; then
     exec 9>&-
   fi
+}
+
+# enter_environment KIND: go to the checkout, with PYTHON the interpreter of an environment that is there already, as the caller
+# set it, or of one that is made.
+enter_environment() {
+  if [[ -z ${PYTHON:-} ]]; then
+    make_environment "$1"
+    PYTHON=$VENV/bin/python
+  fi
+  cd "$ROOT"
 }

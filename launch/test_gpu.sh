@@ -5,14 +5,8 @@
 # Tests of two ranks use NCCL where there are two GPUs, and gloo where the ranks share one.
 # A kernel library that is not installed skips its tests, by name: pip install --no-build-isolation -e '.[gpu]'
 set -euo pipefail
-if [[ -n ${PYTHON:-} ]]; then
-  cd "$(dirname "${BASH_SOURCE[0]}")/.."
-else
-  source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-  make_environment dev
-  cd "$ROOT"
-  PYTHON=$VENV/bin/python
-fi
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+enter_environment dev
 export OMP_NUM_THREADS=1 # the slow twins run on the CPU: the processes share its cores
 export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1 # as in test_multi_gpu.sh
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}

@@ -34,14 +34,8 @@ for part; do
     exit 2
   fi
 done
-if [[ -n ${PYTHON:-} ]]; then
-  cd "$(dirname "${BASH_SOURCE[0]}")/.."
-else
-  source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-  make_environment dev
-  cd "$ROOT"
-  PYTHON=$VENV/bin/python
-fi
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+enter_environment dev
 if [[ -z $gpus ]]; then
   gpus=2
   ((${#device[@]})) || gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
