@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.optimizer import MegatronOptimizer
@@ -269,6 +270,7 @@ def restore(root: MegatronRoot, optimizer: MegatronOptimizer, dp_cp_group: dist.
     with torch.no_grad():
         require_plain_metadata(folder)
         wanted = _sharded_state(root, optimizer, dp_cp_group, is_loading=True)
+        read_fp8_weights_unquantised(wanted)
         with plain_values(folder):
             state = dist_checkpointing.load(wanted, str(folder))
         root.load_state_dict(state["model"])
@@ -280,6 +282,17 @@ def restore(root: MegatronRoot, optimizer: MegatronOptimizer, dp_cp_group: dist.
     for one in _with_torch_adamw(optimizer):
         for values in one.optimizer.state.values():
             values["step"] = values["step"].clone()  # Megatron gives all of them one tensor, which each would count up
+
+
+def read_fp8_weights_unquantised(wanted: dict[str, Any]) -> None:
+    """Give FP8 weights of a state to be loaded a place in host memory, in the dtype that they stand for.
+
+    megatron-core 0.19 reads a part of an FP8 weight, as another layout saved it, into a dequantised copy and drops that: the
+    weight would silently keep what it held. Whoever gets the loaded state quantises it.
+    """
+    for sharded in nested_values(wanted):
+        if isinstance(sharded, ShardedTensor | ShardedTensorFactory) and is_float8tensor(sharded.data):
+            sharded.data = torch.empty(sharded.data.shape, dtype=sharded.data.dtype, device="cpu")
 
 
 def _without_step(set_states: Callable[..., None], parameter: Tensor, tensors: dict[str, Tensor]) -> None:

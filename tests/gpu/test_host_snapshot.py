@@ -45,7 +45,7 @@ def test_updates_right_after_it_do_not_reach_a_snapshot(way):
     host.max_staged_bytes = WAYS[way]
     tensors["step"] = torch.tensor(7)  # as torch's AdamW keeps it
     for _ in range(3):
-        before = {name: tensor.cpu() for name, tensor in tensors.items()}
+        before = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
         allocated = torch.cuda.memory_allocated()
         copies = host.take(tensors)
         # The copy on the GPU is given back already: whoever gets its memory waits for the stream that reads it.
