@@ -8,13 +8,15 @@ from typing import NamedTuple
 import torch
 
 KINDS = (
+    ("communication", r"nccl"),
+    ("gathered and divided weights", r"split_with_sizes_copy|chunk_cat"),
     ("FP8 products", r"fp8.*gemm|gemm.*fp8|e4m3|qqtst|deep_gemm|nvjet_qq"),
     ("bf16 products", r"gemm|nvjet|cutlass.*bf16"),
     ("attention", r"cudnn.*(sdpa|flash)|fmha|flash"),
-    ("scan", r"_chunk_|_state_passing|_bmm_|ssd"),
+    ("scan", r"_chunk_|_state_passing|_bmm_|ssd|^_walk|^_pairs"),
     ("convolution", r"causal_conv1d|conv1d"),
-    ("casts to FP8", r"quantize|_cast|cast_|block_scal"),
-    ("norms and gates", r"norm|gate"),
+    ("casts to FP8", r"quanti[sz]e|_cast|cast_|block_scal"),
+    ("norms and gates", r"norm|gate|^_forward$|^_backward$"),
     ("loss", r"cross_entropy|kl_div|softmax"),
     ("element-wise", r"elementwise|reduce|vectorized|fill|copy|memset|memcpy|cat"),
 )
@@ -84,13 +86,19 @@ def record(step: Callable[[], None], warmup: int = 2) -> list[Span]:
     ]
 
 
-def table(spans: Sequence[Span], rows: int = 70) -> str:
-    """Return the kernels by name, the longest first, as lines of text."""
+def kernels_of(spans: Sequence[Span], longest: int) -> list[tuple[str, float, int]]:
+    """Return (name, milliseconds, calls) of the kernels that take the longest, the first one most."""
     total: Counter[str] = Counter()
     count: Counter[str] = Counter()
     for span in spans:
         total[span.name] += (span.end - span.start) / 1e3
         count[span.name] += 1
-    lines = [f"{sum(total.values()):9.2f} ms of kernels"]
-    lines += [f"{ms:9.3f} ms x{count[name]:<5d} {name[:150]}" for name, ms in total.most_common(rows)]
+    return [(name[:150], round(ms, 3), count[name]) for name, ms in total.most_common(longest)]
+
+
+def table(spans: Sequence[Span], rows: int = 70) -> str:
+    """Return the kernels by name, the longest first, as lines of text."""
+    whole = sum(span.end - span.start for span in spans) / 1e3
+    lines = [f"{whole:9.2f} ms of kernels"]
+    lines += [f"{ms:9.3f} ms x{calls:<5d} {name}" for name, ms, calls in kernels_of(spans, rows)]
     return "\n".join(lines) + "\n"

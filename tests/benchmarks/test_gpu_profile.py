@@ -22,3 +22,18 @@ def test_time_without_kernels_is_found_also_when_streams_overlap():
 
 def test_what_no_pattern_names_is_other():
     assert kind_of("a_kernel_of_the_future") == "other"
+
+
+def test_kernels_of_our_own_and_of_several_gpus_have_their_kinds():
+    kinds = {
+        "_walk": "scan",
+        "_pairs": "scan",
+        "_backward": "norms and gates",
+        "_quantise": "casts to FP8",
+        "ncclDevKernel_ReduceScatter_Sum_f32_RING_LL": "communication",
+        "void at::native::(anonymous namespace)::split_with_sizes_copy_out_contiguous_no_cast_kernel": (
+            "gathered and divided weights"
+        ),
+        "void at::native::(anonymous namespace)::chunk_cat_cuda_kernel<float, float>": "gathered and divided weights",
+    }
+    assert {name: kind_of(name) for name in kinds} == kinds

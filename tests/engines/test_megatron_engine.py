@@ -29,6 +29,7 @@ from tests.engines.megatron_ranks import (
     processes_after_a_save,
     train,
 )
+from tests.engines.quantised_weights import read_what_two_ranks_saved
 from tests.ranks import run_ranks
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
@@ -172,3 +173,10 @@ def test_a_state_of_bf16_and_fp32_parameters_continues_under_another_layout(tmp_
         assert same.grad_norms == straight.grad_norms
         assert other.losses == pytest.approx(straight.losses, rel=2e-3)
         assert other.grad_norms == pytest.approx(straight.grad_norms, rel=2e-2)
+
+
+def test_fp8_weights_are_read_whole_where_another_layout_has_saved_them_in_parts(tmp_path):
+    """Parts of one are read into a dequantised copy, which megatron-core forgets; on GPUs tests/multi_gpu `faults` has the real ones."""
+    folder = tmp_path / "state"
+    folder.mkdir()
+    assert run_ranks(read_what_two_ranks_saved, 2, str(folder)) == [{"whole": True, "joined": True}] * 2

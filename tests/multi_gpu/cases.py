@@ -38,7 +38,7 @@ LEAST_SECONDS = 15
 """A case does not begin with less of the part's time left."""
 SMALLER = 0.85
 """Of the memory, for a second try at a case that the plan put too close to it."""
-REHEARSAL_BYTES = 2_800_000
+REHEARSAL_BYTES = 3_600_000
 """Of a pretended GPU on CPU ranks, so that depths are reduced there too."""
 
 

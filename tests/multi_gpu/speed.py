@@ -124,7 +124,7 @@ def alone(bench: Bench) -> Sequence[Case]:
 
     def measure(name: str, engine: EngineConfig, batch: int, bench: Bench) -> None:
         trial = deepest(Trial(full, training_of(batch, length_of(bench)), engine, 1), bench.free_bytes())
-        time_training(bench, name, trial, full)
+        time_training(bench, name, trial, full, profiled=True)
 
     # The torch engine first: it compiles its kernels on all cores at once, for the ranks too.
     return [
@@ -196,7 +196,7 @@ def run_weak(name: str, base: str, engine: EngineConfig, each: int, bench: Bench
     full = architecture("12b", cpu=bench.cpu)
     model = replace(full, hybrid_layer_pattern=full.hybrid_layer_pattern[: found[0]["layers"]])
     trial = Trial(model, training_of(each * bench.ranks, length_of(bench)), engine, bench.ranks)
-    time_training(bench, name, trial, full, one_gpu=found[0]["tokens_per_second_per_gpu"])
+    time_training(bench, name, trial, full, one_gpu=found[0]["tokens_per_second_per_gpu"], profiled=True)
 
 
 def cases(bench: Bench) -> Sequence[Case]:
@@ -216,8 +216,8 @@ def cases(bench: Bench) -> Sequence[Case]:
         *megatron[0],
         Case(fsdp2, partial(run_fsdp2, fsdp2)),
         Case(weak, partial(run_weak, weak, ALONE_MEGATRON, plain, MICRO_BATCHES)),
-        *(case for cases in megatron[1:] for case in cases),
         Case(weak_fsdp2, partial(run_weak, weak_fsdp2, ALONE_TORCH, divided, 1)),
+        *(case for cases in megatron[1:] for case in cases),
     ]
 
 

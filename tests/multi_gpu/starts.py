@@ -201,9 +201,16 @@ def run_cases(part: str, ranks: Ranks, cases: list[str], out: Path, journal: Jou
         case = journal.under_way
         in_vain = in_vain + 1 if case == COMING_UP else 0
         if case in cases and case not in journal.done:
-            how = f"with exit code {code}" if code is not None else f"after {journal.under_way_seconds:.0f} s"
-            lost(case, "; ".join([f"the ranks ended in it {how}", *journal.failures])[:MOST_WORDS])
+            lost(case, "; ".join([_end_of(code, journal, started, limits), *journal.failures])[:MOST_WORDS])
     return all(journal.done.get(case, False) for case in cases)
+
+
+def _end_of(code: int | None, journal: Journal, started: float, limits: Limits) -> str:
+    """Say how the ranks ended in a case."""
+    if code is not None:
+        return f"the ranks ended in it with exit code {code}"
+    after = f"the ranks were ended in it after {journal.under_way_seconds:.0f} s"
+    return f"{after}, when all {limits.total:.0f} s were over" if time.monotonic() - started >= limits.total else after
 
 
 def arguments_of_ranks(options: argparse.Namespace, folder: Path) -> tuple[list[str], dict[str, str]]:

@@ -8,6 +8,7 @@ from nanotrain.config.model import ModelConfig
 from nanotrain.engines.base import Engine, StepResult
 from nanotrain.losses.language_modeling import CrossEntropy
 from nanotrain.model.batch import MicroBatch
+from tests.benchmarks.gpu_profile import kernels_of, record, summarize
 from tests.benchmarks.measure import rotating, spread
 from tests.multi_gpu.cases import Bench
 from tests.multi_gpu.trials import GIB, LEARNING_RATE, Trial, against_plan, card_of, described
@@ -65,7 +66,13 @@ def times_of(bench: Bench, trial: Trial, seconds: list[float]) -> dict[str, Any]
 
 
 def time_training(
-    bench: Bench, name: str, trial: Trial, full: ModelConfig, one_gpu: float | None = None, **more: object
+    bench: Bench,
+    name: str,
+    trial: Trial,
+    full: ModelConfig,
+    one_gpu: float | None = None,
+    profiled: bool = False,
+    **more: object,
 ) -> None:
     """Build, train and write a row.
 
@@ -75,6 +82,7 @@ def time_training(
         trial: what to train, at a depth that fits.
         full: the model at full depth.
         one_gpu: tokens a second of one GPU alone, from which this scales.
+        profiled: whether the row has the kernels of one more step of the first rank.
         more: values that the row has besides.
     """
     training = Training(trial, bench.engine(trial))
@@ -84,11 +92,15 @@ def time_training(
     times = times_of(bench, trial, seconds)
     if one_gpu is not None:
         more |= {"one_gpu": one_gpu, "efficiency": times["tokens_per_second_per_gpu"] / one_gpu}
+    memory = memory_of(bench, trial.planned_bytes())
+    if profiled and not bench.cpu:
+        spans = record(training)  # on every rank, since they step together
+        more |= {"profile": summarize(spans, longest=4), "kernels_ms": kernels_of(spans, 16)}
     bench.row(
         name,
         **described(trial, full),
         **times,
-        **memory_of(bench, trial.planned_bytes()),
+        **memory,
         **training.told(),
         **more,
     )

@@ -16,6 +16,7 @@ from nanotrain.config.errors import UserError
 from nanotrain.config.megatron import MegatronConfig, Recompute
 from nanotrain.planning.flops import training_flops_per_token
 from tests.multi_gpu import distill, long, speed
+from tests.multi_gpu.cases import REHEARSAL_BYTES, SMALLER
 from tests.multi_gpu.trials import (
     GIB,
     PEAK_OPERATIONS,
@@ -116,13 +117,13 @@ FAILING = """
     import os, sys, torch
     from nanotrain.config.errors import UserError
     from nanotrain.runtime.distributed import current_world, from_all
-    from tests.multi_gpu.cases import Case, options_of, run_part
+    from tests.multi_gpu.cases import REHEARSAL_BYTES, Case, options_of, run_part
 
     def refused(bench):
         raise UserError("`layout` cannot be built.")
 
     def full_once(bench):
-        if bench.free_bytes() == 2_800_000 and current_world().rank == 1:
+        if bench.free_bytes() == REHEARSAL_BYTES and current_world().rank == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         from_all(0)
         bench.row("full_once", free=bench.free_bytes())
@@ -157,8 +158,8 @@ def test_a_case_that_fails_is_a_row_and_the_next_one_runs(tmp_path):
     assert rows == [
         ("refused", "UserError: `layout` cannot be built.", None),
         ("full_once", "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", None),
-        ("full_once", None, int(0.85 * 2_800_000)),
-        ("fine", None, 2_800_000),
+        ("full_once", None, int(SMALLER * REHEARSAL_BYTES)),
+        ("fine", None, REHEARSAL_BYTES),
     ]
 
 
