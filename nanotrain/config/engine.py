@@ -96,6 +96,8 @@ class KernelsConfig:
     cross_entropy: FusedKernel = FusedKernel.auto
     """Softmax and gradient of a chunk of logits."""
     kl_divergence: FusedKernel = FusedKernel.auto
+    gradient_scaling: FusedKernel = FusedKernel.auto
+    """The linear losses' gradients times the gradient that reaches them (1 / tokens), in one pass over bf16 values."""
     adamw: FusedKernel = FusedKernel.auto
     """The update of low-precision states or weights, or in the backward pass; fp32 AdamW is torch's own fused kernel."""
 

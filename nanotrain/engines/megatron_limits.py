@@ -15,7 +15,7 @@ from nanotrain.runtime.distributed import World
 from nanotrain.runtime.logging import log_once
 
 INSTALL = "pip install megatron-core==0.19.2"
-OWN_KERNELS = ("cross_entropy", "kl_divergence")
+OWN_KERNELS = ("cross_entropy", "kl_divergence", "gradient_scaling")
 """Ops of this package that run beside Megatron's layers."""
 
 

@@ -100,6 +100,12 @@ def _triton_kl_divergence() -> Callable[..., Any]:
     return kl_divergence_chunk
 
 
+def _triton_gradient_scaling() -> Callable[..., Any]:
+    from nanotrain.ops.gpu.gradient_scaling_triton import scale_in_place
+
+    return scale_in_place
+
+
 def _triton_adamw() -> Callable[..., Any]:
     from nanotrain.ops.gpu.adamw_triton import adamw_update
 
@@ -177,6 +183,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "squared_relu": {"triton": Kernel("triton", "pip install triton", _triton_squared_relu)},
     "cross_entropy": {"triton": Kernel("triton", "pip install triton", _triton_cross_entropy)},
     "kl_divergence": {"triton": Kernel("triton", "pip install triton", _triton_kl_divergence)},
+    "gradient_scaling": {"triton": Kernel("triton", "pip install triton", _triton_gradient_scaling)},
     "adamw": {"triton": Kernel("triton", "pip install triton", _triton_adamw)},
 }
 """Op -> kernels, fastest first; `torch` is always there."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanotrain.ops.backends import kernel_for
+from nanotrain.ops.gradient_scaling import scale_gradients
 from nanotrain.ops.vocab_chunks import (
     accumulate_weight_gradient,
     accumulation_dtype,
@@ -19,7 +20,6 @@ from nanotrain.ops.vocab_chunks import (
     all_reduce_sum,
     default_chunk_tokens,
     product_dtype,
-    scale_gradients,
     scatter_rows,
     select_rows,
     weight_gradient_dtype,

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanotrain.ops.backends import kernel_for
+from nanotrain.ops.gradient_scaling import scale_gradients
 from nanotrain.ops.vocab_chunks import (
     accumulate_weight_gradient,
     accumulation_dtype,
@@ -21,7 +22,6 @@ from nanotrain.ops.vocab_chunks import (
     local_labels,
     product_dtype,
     put_rows,
-    scale_gradients,
     select_rows,
     take_rows,
     weight_gradient_dtype,

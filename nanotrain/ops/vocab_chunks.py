@@ -11,9 +11,6 @@ GPU_LOGITS_PER_CHUNK = 13 * 2**25
 """832 MiB of bf16: 3328 tokens at V = 131072, whose products fill an H200's multiprocessors evenly and whose three passes
 over the weight's gradient cost little (docs/benchmarks/memory_h200_202611.md)."""
 
-_SCALED_AT_ONCE = 2**25
-"""Values of a narrow gradient that exist in fp32 beside it: 128 MiB."""
-
 
 def default_chunk_tokens(weight: Tensor) -> int:
     """Return how many tokens' logits over `weight` [V, D] should exist at a time."""
@@ -83,23 +80,6 @@ def accumulate_weight_gradient(total: Tensor, grad_logits: Tensor, hidden: Tenso
     else:
         product = grad_logits.t() @ hidden
         total.copy_(product) if first else total.add_(product)
-
-
-def scale_gradients(gradients: list[Tensor | None], factor: Tensor) -> list[Tensor | None]:
-    """Multiply by `factor` [] in place: a copy of the weight's gradient would be the largest tensor of the loss.
-
-    A gradient narrower than the factor is multiplied part by part in the factor's dtype, because torch would round the factor
-    first: 1 / 7789 in bf16 is 0.28% too large, and all gradients behind the head would be.
-    """
-    for gradient in gradients:
-        if gradient is None:
-            continue
-        if gradient.dtype.itemsize >= factor.dtype.itemsize:
-            gradient.mul_(factor.to(gradient.dtype))
-            continue
-        for part in gradient.view(-1).split(_SCALED_AT_ONCE):
-            torch.mul(part.to(factor.dtype), factor, out=part)
-    return gradients
 
 
 def select_rows(tensor: Tensor, mask: Tensor) -> Tensor:

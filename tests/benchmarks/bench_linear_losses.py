@@ -19,7 +19,7 @@ CHUNKS = (1024, 1664, 2048, 3328, 4096)
 
 def main(out: Path, tokens: int = 8192, vocabulary: int = 131072, width: int = 5120) -> None:
     device = torch.device("cuda")
-    choose_kernels({"cross_entropy": "triton", "kl_divergence": "triton"}, device)
+    choose_kernels(dict.fromkeys(("cross_entropy", "kl_divergence", "gradient_scaling"), "triton"), device)
     torch.manual_seed(0)
 
     def leaf(rows: int, std: float) -> torch.Tensor:

@@ -25,6 +25,7 @@ from nanotrain.losses.language_modeling import CrossEntropy
 from nanotrain.model.hybrid import HybridModel
 from nanotrain.ops.adamw import adamw_update, adamw_update_ref
 from nanotrain.ops.backends import choose_kernels
+from nanotrain.ops.gradient_scaling import scale_gradients
 from nanotrain.ops.kl_divergence import linear_kl_divergence
 from nanotrain.ops.linear_cross_entropy import linear_cross_entropy
 from nanotrain.ops.moments import AdamWStep, new_moments
@@ -36,7 +37,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.fixture(autouse=True)
 def kernels():
     pytest.importorskip("triton")
-    choose_kernels(dict.fromkeys(("cross_entropy", "kl_divergence", "adamw"), "triton"), torch.device("cuda"))
+    choose_kernels(
+        dict.fromkeys(("cross_entropy", "kl_divergence", "gradient_scaling", "adamw"), "triton"), torch.device("cuda")
+    )
 
 
 @pytest.mark.parametrize("states", [torch.float32, torch.bfloat16, torch.uint8])
@@ -91,6 +94,14 @@ def test_chunked_losses_equal_full_logits(loss, dtype, tolerance):
     gradients = torch.autograd.grad(got, (hidden, weight)), torch.autograd.grad(want, wide)
     for ours, exact in zip(*gradients, strict=True):
         assert (ours.double() - exact).norm() < tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("shape", [(5001, 192), (3, 7)])
+def test_narrow_gradients_are_scaled_in_place_and_rounded_once(shape):
+    values, factor = torch.randn(shape, device="cuda").bfloat16(), torch.tensor(1 / 7789, device="cuda")
+    scaled = values.clone()
+    assert scale_gradients([scaled], factor) == [scaled]
+    assert scaled.equal((values.float() * factor).bfloat16()) and not scaled.equal(values * factor.bfloat16())
 
 
 PLAIN = KernelsConfig(

@@ -153,6 +153,12 @@ for sharded in (None, shard):
     for fast, slow in (pairs[:2], pairs[2:]):
         torch.testing.assert_close(fast[0], slow[0], rtol=2e-6, atol=2e-6)
         torch.testing.assert_close(fast[1], slow[1], rtol=1e-5, atol=2e-7)
+from nanotrain.ops.gpu.gradient_scaling_triton import scale_in_place
+values = randn(3, 5000).half()  # the interpreter cuts bf16 off instead of rounding it
+factor = torch.tensor(1 / 7789)
+scaled = values.clone()
+scale_in_place(scaled, factor)
+assert scaled.equal((values.float() * factor).half()) and not scaled.equal(values * factor.half())
 """,
     "adamw": """
 from nanotrain.ops.adamw import adamw_update_ref
