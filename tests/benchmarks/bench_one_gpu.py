@@ -197,8 +197,8 @@ def free() -> None:
 def compare_models(part: str, config: ModelConfig, precision: str, options: argparse.Namespace, report: Report) -> None:
     """Time all forms' steps in rotating order; the gradients of one are freed before the next runs."""
     device, length = options.device, options.length
-    ids = torch.randint(0, config.vocab_size, (1, length + 1), device=device)
-    batch = MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+    ids = torch.randint(0, config.vocab_size, (1, length + 1))
+    batch = MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()).to(device)  # as the engine brings it over
     bf16_layers = options.bf16_layers if config.num_hidden_layers > 2 * options.bf16_layers else 0
     models: dict[str, nn.Module] = {"nanotrain": our_model(config, device)}
     if device.type == "cuda" and not options.alone and not part.startswith("ours"):

@@ -10,12 +10,12 @@ import torch
 KINDS = (
     ("communication", r"nccl"),
     ("gathered and divided weights", r"split_with_sizes_copy|chunk_cat"),
+    ("casts to FP8", r"quanti[sz]e|_cast_|block_scal"),
     ("FP8 products", r"fp8.*gemm|gemm.*fp8|e4m3|qqtst|deep_gemm|nvjet_qq"),
     ("bf16 products", r"gemm|nvjet|cutlass.*bf16"),
     ("attention", r"cudnn.*(sdpa|flash)|fmha|flash"),
     ("scan", r"_chunk_|_state_passing|_bmm_|ssd|^_walk|^_pairs"),
     ("convolution", r"causal_conv1d|conv1d"),
-    ("casts to FP8", r"quanti[sz]e|_cast|cast_|block_scal"),
     ("norms and gates", r"norm|gate|^_forward$|^_backward$"),
     ("loss", r"cross_entropy|kl_div|softmax"),
     ("element-wise", r"elementwise|reduce|vectorized|fill|copy|memset|memcpy|cat"),

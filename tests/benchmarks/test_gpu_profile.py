@@ -30,6 +30,8 @@ def test_kernels_of_our_own_and_of_several_gpus_have_their_kinds():
         "_pairs": "scan",
         "_backward": "norms and gates",
         "_quantise": "casts to FP8",
+        "void transformer_engine::block_scaled_1d_cast_transpose_kernel<true, float, __nv_bfloat16, __nv_fp8_e4m3>": "casts to FP8",
+        "nvjet_sm90_qqtst_128x128_128x6_2x1_v_bz_coopA_algo2_Avec128_Bvec128_TNT": "FP8 products",
         "ncclDevKernel_ReduceScatter_Sum_f32_RING_LL": "communication",
         "void at::native::(anonymous namespace)::split_with_sizes_copy_out_contiguous_no_cast_kernel": (
             "gathered and divided weights"
