@@ -82,7 +82,7 @@ def time_training(
         trial: what to train, at a depth that fits.
         full: the model at full depth.
         one_gpu: tokens a second of one GPU alone, from which this scales.
-        profiled: whether the row has the kernels of one more step of the first rank.
+        profiled: whether another row has the kernels of one more step of the first rank.
         more: values that the row has besides.
     """
     training = Training(trial, bench.engine(trial))
@@ -92,15 +92,14 @@ def time_training(
     times = times_of(bench, trial, seconds)
     if one_gpu is not None:
         more |= {"one_gpu": one_gpu, "efficiency": times["tokens_per_second_per_gpu"] / one_gpu}
-    memory = memory_of(bench, trial.planned_bytes())
-    if profiled and not bench.cpu:
-        spans = record(training)  # on every rank, since they step together
-        more |= {"profile": summarize(spans, longest=4), "kernels_ms": kernels_of(spans, 16)}
     bench.row(
         name,
         **described(trial, full),
         **times,
-        **memory,
+        **memory_of(bench, trial.planned_bytes()),
         **training.told(),
         **more,
     )
+    if profiled and not bench.cpu:
+        spans = record(training)  # on every rank, since they step together
+        bench.row(f"{name} kernels", **summarize(spans, longest=4), longest=kernels_of(spans, 16))
