@@ -35,6 +35,7 @@ from tests.benchmarks import ssd_pairs_before
 from tests.benchmarks.measure import interleaved, write
 from tests.ops.comparison import random_segments
 
+DEVICE = "cuda"
 LENGTH, CHUNK, HEADS, WIDTH, GROUPS, SIZE = 8192, 128, 128, 80, 8, 128
 INPUT_LAUNCHES = [
     ssd_inputs_triton.Launch(*numbers)
@@ -56,7 +57,7 @@ class Case(NamedTuple):
     dt: Tensor
     decay: Tensor
     D: Tensor
-    index: Tensor | None
+    documents: Tensor | None
     scores: Tensor
     states: Tensor
     grad_states: Tensor
@@ -65,10 +66,10 @@ class Case(NamedTuple):
 
 
 def make_case(dtype: torch.dtype, packed: bool) -> Case:
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
-        values = torch.randn(*shape, device="cuda", generator=generator)
+        values = torch.randn(*shape, device=DEVICE, generator=generator)
         return values.bfloat16().to(dtype)  # the same values in either dtype
 
     restrict_to_tuned(WIDTH, SIZE, CHUNK, dtype)
@@ -76,10 +77,10 @@ def make_case(dtype: torch.dtype, packed: bool) -> Case:
     x, B, C = wide.split([HEADS * WIDTH, GROUPS * SIZE, GROUPS * SIZE], dim=-1)
     x, B, C = x.unflatten(-1, (HEADS, WIDTH)), B.unflatten(-1, (GROUPS, SIZE)), C.unflatten(-1, (GROUPS, SIZE))
     grad = randn(1, LENGTH, HEADS, WIDTH)
-    A = -torch.empty(HEADS, device="cuda").uniform_(1, 16, generator=generator)
+    A = -torch.empty(HEADS, device=DEVICE).uniform_(1, 16, generator=generator)
     decay, dt = _chunk_cumsum_fwd(F.softplus(randn(1, LENGTH, HEADS).float() - 4), A, CHUNK)
     D = randn(HEADS).float()
-    ids = random_segments(1, LENGTH, 700, torch.Generator().manual_seed(1)).cuda() if packed else None
+    ids = random_segments(1, LENGTH, 700, torch.Generator().manual_seed(1)).to(DEVICE) if packed else None
     index = None if ids is None else segment_indices(ids)
     scores = _bmm_chunk_fwd(C, B, CHUNK, seq_idx=index, output_dtype=torch.float32)
     states = states_before_chunks(x, dt, decay, B, index)
@@ -90,20 +91,20 @@ def make_case(dtype: torch.dtype, packed: bool) -> Case:
 
 def inputs_before(c: Case) -> tuple[Tensor, Tensor, Tensor]:
     return _chunk_scan_chunk_state_bwd_dx(
-        c.x, c.dt, c.decay, c.B, c.scores, c.grad, c.grad_states, D=c.D, seq_idx=c.index, dx=c.grad_x
+        c.x, c.dt, c.decay, c.B, c.scores, c.grad, c.grad_states, D=c.D, seq_idx=c.documents, dx=c.grad_x
     )
 
 
 def B_before(c: Case) -> tuple[Tensor, Tensor]:
-    return _chunk_state_bwd_db(c.x, c.dt, c.decay, c.grad_states, seq_idx=c.index, B=c.B, ngroups=GROUPS)
+    return _chunk_state_bwd_db(c.x, c.dt, c.decay, c.grad_states, seq_idx=c.documents, B=c.B, ngroups=GROUPS)
 
 
 def C_before(c: Case) -> tuple[Tensor, Tensor]:
-    return _chunk_scan_bwd_dC(c.states, c.decay, c.grad, seq_idx=c.index, C=c.C, ngroups=GROUPS)
+    return _chunk_scan_bwd_dC(c.states, c.decay, c.grad, seq_idx=c.documents, C=c.C, ngroups=GROUPS)
 
 
 def pairs_before(c: Case) -> tuple[Tensor, Tensor]:
-    return ssd_pairs_before.pair_gradients(c.x, c.grad, c.dt, c.decay, c.scores, c.index)
+    return ssd_pairs_before.pair_gradients(c.x, c.grad, c.dt, c.decay, c.scores, c.documents)
 
 
 def decays_before(grad_decay: Tensor, of_pairs: Tensor, of_chunks: Tensor, to_end: Tensor) -> Tensor:
@@ -122,21 +123,21 @@ def before(c: Case) -> dict[str, Tensor]:
 
 
 def inputs(c: Case, launch: ssd_inputs_triton.Launch | None = None) -> Tensor:
-    gradient_of_inputs(c.grad, c.dt, c.decay, c.B, c.C, c.grad_states, c.D, c.index, c.grad_x, launch)
+    gradient_of_inputs(c.grad, c.dt, c.decay, c.B, c.C, c.grad_states, c.D, c.documents, c.grad_x, launch)
     return c.grad_x
 
 
 def of_B(c: Case, launch: ssd_columns_triton.Launch | None = None) -> tuple[Tensor, Tensor]:
-    return gradient_of_B(c.x, c.B, c.grad_states, c.dt, c.decay, c.index, launch)
+    return gradient_of_B(c.x, c.B, c.grad_states, c.dt, c.decay, c.documents, launch)
 
 
 def of_C(c: Case, launch: ssd_columns_triton.Launch | None = None) -> tuple[Tensor, Tensor]:
-    return gradient_of_C(c.grad, c.C, c.states, c.decay, c.index, launch)
+    return gradient_of_C(c.grad, c.C, c.states, c.decay, c.documents, launch)
 
 
 def now(c: Case) -> dict[str, Tensor]:
     (B, B_parts), (C, C_parts) = of_B(c), of_C(c)
-    pairs = pair_gradients(c.x, c.grad, c.dt, c.decay, c.scores, c.index)
+    pairs = pair_gradients(c.x, c.grad, c.dt, c.decay, c.scores, c.documents)
     dA, dt = gradients_of_decays(c.dt, pairs.parts, B_parts, C_parts, c.of_chunks)
     D = pairs.own.sum((0, 2, 3))
     return {"x": inputs(c), "dt": dt, "D": D, "B": B, "C": C, "scores": pairs.scores, "dA": dA}
@@ -209,7 +210,7 @@ def launches(case: Case, out: Path) -> dict[str, Callable[[], object]]:
 
 def parts(c: Case) -> dict[str, Callable[[], object]]:
     """Each part of either path, and either as a whole."""
-    sums, zeros = pair_gradients(c.x, c.grad, c.dt, c.decay, c.scores, c.index), torch.zeros_like(c.dt)
+    sums, zeros = pair_gradients(c.x, c.grad, c.dt, c.decay, c.scores, c.documents), torch.zeros_like(c.dt)
     B_parts, C_parts = of_B(c)[1], of_C(c)[1]
     return {
         "before": lambda: before(c),
@@ -221,7 +222,7 @@ def parts(c: Case) -> dict[str, Callable[[], object]]:
         "C before": lambda: C_before(c),
         "C now": lambda: of_C(c),
         "pairs before": lambda: pairs_before(c),
-        "pairs now": lambda: pair_gradients(c.x, c.grad, c.dt, c.decay, c.scores, c.index),
+        "pairs now": lambda: pair_gradients(c.x, c.grad, c.dt, c.decay, c.scores, c.documents),
         "decays before": lambda: decays_before(zeros, zeros, c.of_chunks, zeros),
         "decays now": lambda: (
             gradients_of_decays(c.dt, sums.parts, B_parts, C_parts, c.of_chunks),

@@ -18,7 +18,7 @@ def _pairs(
     pair, batch_chunk, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, chunk = batch_chunk // num_chunks, batch_chunk % num_chunks
     later = 0  # pairs of tiles are counted row by row of the lower triangle
-    for row in tl.static_range(1, TILES):
+    for row in tl.static_range(1, TILES):  # pyright: ignore[reportGeneralTypeIssues]
         later += (pair >= row * (row + 1) // 2).to(tl.int32)
     earlier = pair - later * (later + 1) // 2
     i, j = later * TILE + tl.arange(0, TILE), earlier * TILE + tl.arange(0, TILE)
@@ -85,6 +85,6 @@ def pair_gradients(
         x, grad, dt, decay, scores, scores if segment_index is None else segment_index, grad_scores, parts,
         x.shape[1], num_chunks, x.stride(0), x.stride(1), grad.stride(0), grad.stride(1),
         HEADS=num_heads // groups, GROUPS=groups, P=head_dim, PADDED=max(triton.next_power_of_2(head_dim), 16), L=chunk,
-        TILE=tile, TILES=tiles, PACKED=segment_index is not None, num_warps=4, num_stages=3,
+        TILE=tile, TILES=tiles, PACKED=segment_index is not None, num_warps=4, num_stages=3,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     return grad_scores, parts.sum(3)
