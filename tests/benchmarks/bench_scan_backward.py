@@ -1,4 +1,4 @@
-"""The backward pass of the scan at the 12B's shape: our kernels against mamba-ssm's, results first and then times.
+"""The backward pass of the scan, and its outputs, at the 12B's shape: our kernels against mamba-ssm's, results first and then times.
 
 python -m tests.benchmarks.bench_scan_backward OUT.jsonl      (one GPU, half a minute)
 
@@ -14,7 +14,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from mamba_ssm.ops.triton.ssd_bmm import _bmm_chunk_fwd  # pyright: ignore[reportMissingImports]
-from mamba_ssm.ops.triton.ssd_chunk_scan import _chunk_scan_bwd_dC  # pyright: ignore[reportMissingImports]
+from mamba_ssm.ops.triton.ssd_chunk_scan import (  # pyright: ignore[reportMissingImports]
+    _chunk_scan_bwd_dC,
+    _chunk_scan_fwd,
+)
 from mamba_ssm.ops.triton.ssd_chunk_state import (  # pyright: ignore[reportMissingImports]
     _chunk_cumsum_fwd,
     _chunk_state_bwd_db,
@@ -22,12 +25,12 @@ from mamba_ssm.ops.triton.ssd_chunk_state import (  # pyright: ignore[reportMiss
 from mamba_ssm.ops.triton.ssd_combined import _chunk_scan_chunk_state_bwd_dx  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from nanotrain.ops.gpu import ssd_columns_triton, ssd_inputs_triton
+from nanotrain.ops.gpu import ssd_columns_triton, ssd_scan_triton
 from nanotrain.ops.gpu.compile_ahead import compiling_only
 from nanotrain.ops.gpu.ssd_columns_triton import gradient_of_B, gradient_of_C
 from nanotrain.ops.gpu.ssd_decays_triton import gradients_of_decays
-from nanotrain.ops.gpu.ssd_inputs_triton import gradient_of_inputs
 from nanotrain.ops.gpu.ssd_pairs_triton import pair_gradients
+from nanotrain.ops.gpu.ssd_scan_triton import gradient_of_inputs, scan_outputs
 from nanotrain.ops.gpu.ssd_states_triton import gradients_of_states, states_before_chunks
 from nanotrain.ops.gpu.tuned_configs import restrict_to_tuned
 from nanotrain.ops.segments import segment_indices
@@ -37,8 +40,8 @@ from tests.ops.comparison import random_segments
 
 DEVICE = "cuda"
 LENGTH, CHUNK, HEADS, WIDTH, GROUPS, SIZE = 8192, 128, 128, 80, 8, 128
-INPUT_LAUNCHES = [
-    ssd_inputs_triton.Launch(*numbers)
+SCAN_LAUNCHES = [
+    ssd_scan_triton.Launch(*numbers)
     for numbers in ((128, 16, 8, 3), (128, 8, 8, 3), (128, 16, 8, 2), (64, 16, 4, 3), (64, 16, 4, 1), (64, 8, 4, 1))
 ]
 COLUMN_LAUNCHES = [
@@ -89,6 +92,14 @@ def make_case(dtype: torch.dtype, packed: bool) -> Case:
     return Case(x, B, C, grad, dt, decay, D, index, scores, states, grad_states, of_chunks, grad_x)
 
 
+def scores_of(c: Case) -> Tensor:
+    return _bmm_chunk_fwd(c.C, c.B, CHUNK, seq_idx=c.documents, output_dtype=torch.float32)
+
+
+def outputs_before(c: Case) -> Tensor:
+    return _chunk_scan_fwd(c.scores, c.x, c.dt, c.decay, c.C, c.states, D=c.D, seq_idx=c.documents)[0]
+
+
 def inputs_before(c: Case) -> tuple[Tensor, Tensor, Tensor]:
     return _chunk_scan_chunk_state_bwd_dx(
         c.x, c.dt, c.decay, c.B, c.scores, c.grad, c.grad_states, D=c.D, seq_idx=c.documents, dx=c.grad_x
@@ -122,7 +133,11 @@ def before(c: Case) -> dict[str, Tensor]:
     return {"x": x, "dt": dt, "D": D, "B": B, "C": C, "scores": scores, "dA": dA}
 
 
-def inputs(c: Case, launch: ssd_inputs_triton.Launch | None = None) -> Tensor:
+def outputs(c: Case, launch: ssd_scan_triton.Launch | None = None) -> Tensor:
+    return scan_outputs(c.x, c.dt, c.decay, c.B, c.C, c.states, c.D, c.documents, launch)
+
+
+def inputs(c: Case, launch: ssd_scan_triton.Launch | None = None) -> Tensor:
     gradient_of_inputs(c.grad, c.dt, c.decay, c.B, c.C, c.grad_states, c.D, c.documents, c.grad_x, launch)
     return c.grad_x
 
@@ -156,12 +171,13 @@ def results(form: Callable[[Case], dict[str, Tensor]], c: Case) -> dict[str, Ten
 
 def agreement(packed: bool, out: Path) -> Case:
     case = make_case(torch.float32, packed)
-    wide = results(before, case)
+    wide = results(before, case) | {"y": outputs_before(case)}
     case = make_case(torch.bfloat16, packed)
-    theirs, ours = results(before, case), results(now, case)
+    theirs = results(before, case) | {"y": outputs_before(case)}
+    ours = results(now, case) | {"y": outputs(case)}
     for name, mine in ours.items():
         row = {"ours_to_theirs": apart(mine, theirs[name]), "ours_to_wide": apart(mine, wide[name])}
-        write(out, {"gradient": name, "packed": packed, **row, "theirs_to_wide": apart(theirs[name], wide[name])})
+        write(out, {"result": name, "packed": packed, **row, "theirs_to_wide": apart(theirs[name], wide[name])})
     return case
 
 
@@ -180,8 +196,9 @@ def attempt(out: Path, name: str, run: Callable[[], float]) -> bool:
 def compile_all(case: Case, out: Path) -> None:
     try:
         with compiling_only():
-            for launch in INPUT_LAUNCHES:
+            for launch in SCAN_LAUNCHES:
                 inputs(case, launch)
+                outputs(case, launch)
             for launch in COLUMN_LAUNCHES:
                 of_B(case, launch)
                 of_C(case, launch)
@@ -192,13 +209,15 @@ def compile_all(case: Case, out: Path) -> None:
 def launches(case: Case, out: Path) -> dict[str, Callable[[], object]]:
     """Return the launches that give the right result."""
     compile_all(case, out)
-    theirs = results(before, case)
+    theirs = results(before, case) | {"y": outputs_before(case)}
     forms: dict[str, Callable[[], object]] = {}
-    for launch in INPUT_LAUNCHES:
-        case.grad_x.fill_(torch.nan)
-        name = f"x {tuple(launch)}"
-        if attempt(out, name, lambda launch=launch: apart(inputs(case, launch), theirs["x"])):
-            forms[name] = lambda launch=launch: inputs(case, launch)
+    for letter, form in (("x", inputs), ("y", outputs)):
+        for launch in SCAN_LAUNCHES:
+            case.grad_x.fill_(torch.nan)
+            name = f"{letter} {tuple(launch)}"
+            run = lambda launch=launch, form=form, letter=letter: apart(form(case, launch), theirs[letter])  # noqa: E731
+            if attempt(out, name, run):
+                forms[name] = lambda launch=launch, form=form: form(case, launch)
     for letter, form in (("B", of_B), ("C", of_C)):
         for launch in COLUMN_LAUNCHES:
             name = f"{letter} {tuple(launch)}"
@@ -215,6 +234,9 @@ def parts(c: Case) -> dict[str, Callable[[], object]]:
     return {
         "before": lambda: before(c),
         "now": lambda: now(c),
+        "scores": lambda: scores_of(c),
+        "y before": lambda: outputs_before(c),
+        "y now": lambda: outputs(c),
         "x before": lambda: inputs_before(c),
         "x now": lambda: inputs(c),
         "B before": lambda: B_before(c),

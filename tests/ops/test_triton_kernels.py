@@ -130,11 +130,11 @@ for ids in (None, documents):  # the first row has one over the second chunk, th
     assert relative_error(gradients, want) < 1e-5 and relative_error(by_decay, whole.grad) < 1e-5
     assert want[:, 0].abs().max() > 1 and whole.grad.abs().max() > 1 and not want[:, -1].any()
 """,
-    "backward": """
-from nanotrain.ops.gpu import ssd_columns_triton, ssd_inputs_triton, ssd_pairs_triton
+    "scan": """
+from nanotrain.ops.gpu import ssd_columns_triton, ssd_scan_triton, ssd_pairs_triton
 from nanotrain.ops.gpu.ssd_columns_triton import gradient_of_B, gradient_of_C
 from nanotrain.ops.gpu.ssd_decays_triton import gradients_of_decays
-from nanotrain.ops.gpu.ssd_inputs_triton import gradient_of_inputs
+from nanotrain.ops.gpu.ssd_scan_triton import gradient_of_inputs, scan_outputs
 from nanotrain.ops.gpu.ssd_states_triton import gradients_of_states, states_before_chunks
 from nanotrain.ops.segments import segment_indices
 from tests.ops.comparison import relative_error
@@ -161,12 +161,15 @@ def check(batch, length, groups, heads, width, size, chunk, documents):
         index = segment_indices(documents[:batch, :length]) if packed else None
         number = torch.zeros(batch, length) if index is None else index
         leaves = [t.double().requires_grad_() for t in (x, dt, dA, B, C, D)]
-        want = torch.autograd.grad(sequential(*leaves, number), leaves, grad.double())
+        y = sequential(*leaves, number)
+        want = torch.autograd.grad(y, leaves, grad.double())
         steps, decay, seen = by_chunks(dt), by_chunks(dA).cumsum(-1), by_chunks(1.0 + number[..., None])[:, 0]
         seen = (seen[..., :, None] == seen[..., None, :]) & (seen[..., None] > 0)
         B4, C4 = (torch.nn.functional.pad(t.flatten(2), (0, 0, 0, chunks * chunk - length)).unflatten(2, (groups, size)).unflatten(1, (chunks, chunk)) for t in (B, C))
         scores = torch.einsum("bcign,bcjgn->bcgij", C4, B4) * seen[:, :, None]
         states = states_before_chunks(x, steps, decay, B, index)
+        error = relative_error(scan_outputs(x, steps, decay, B, C, states, D, index), y)
+        assert error < 2e-5, ("y", width, size, packed, error)
         grad_states, of_chunks = gradients_of_states(grad, decay, C, states, index)
         grad_x = torch.full((batch, length + 1, heads, width), 7.0)
         gradient_of_inputs(grad, steps, decay, B, C, grad_states, D, index, grad_x[:, :length])
@@ -185,10 +188,10 @@ places = torch.arange(300)
 documents = torch.stack([(places >= 10).int() + (places >= 70).int(), (places >= 31).int() + (places >= 32).int() + (places >= 40).int()])
 ssd_pairs_triton._TILE = 16
 check(2, 75, 2, 6, 8, 16, 32, documents)
-ssd_inputs_triton.SMALL_LAUNCH = ssd_inputs_triton.Launch(rows=16, heads=4, warps=4, stages=1)
+ssd_scan_triton.SMALL_LAUNCH = ssd_scan_triton.Launch(rows=16, heads=4, warps=4, stages=1)
 ssd_columns_triton.SMALL_LAUNCH = ssd_columns_triton.Launch(rows=16, columns=16, warps=4, stages=1)
 check(2, 75, 2, 8, 24, 32, 32, documents)
-ssd_inputs_triton.SMALL_LAUNCH, ssd_columns_triton.SMALL_LAUNCH = ssd_inputs_triton.LAUNCH, ssd_columns_triton.LAUNCH
+ssd_scan_triton.SMALL_LAUNCH, ssd_columns_triton.SMALL_LAUNCH = ssd_scan_triton.LAUNCH, ssd_columns_triton.LAUNCH
 ssd_pairs_triton._TILE = 64
 check(1, 230, 1, 2, 80, 128, 128, documents)
 """,

@@ -12,7 +12,6 @@ from causal_conv1d.cpp_functions import (  # pyright: ignore[reportMissingImport
     causal_conv1d_fwd_function,
 )
 from mamba_ssm.ops.triton.ssd_bmm import _bmm_chunk_bwd, _bmm_chunk_fwd  # pyright: ignore[reportMissingImports]
-from mamba_ssm.ops.triton.ssd_chunk_scan import _chunk_scan_fwd  # pyright: ignore[reportMissingImports]
 from mamba_ssm.ops.triton.ssd_chunk_state import (  # pyright: ignore[reportMissingImports]
     _chunk_cumsum_bwd,
     _chunk_cumsum_fwd,
@@ -24,8 +23,8 @@ from nanotrain.ops.gpu import gated_norm_triton
 from nanotrain.ops.gpu.mamba_ssm_kernels import power_of_two
 from nanotrain.ops.gpu.ssd_columns_triton import gradient_of_B, gradient_of_C
 from nanotrain.ops.gpu.ssd_decays_triton import gradients_of_decays
-from nanotrain.ops.gpu.ssd_inputs_triton import gradient_of_inputs
 from nanotrain.ops.gpu.ssd_pairs_triton import pair_gradients
+from nanotrain.ops.gpu.ssd_scan_triton import gradient_of_inputs, scan_outputs
 from nanotrain.ops.gpu.ssd_states_triton import gradients_of_states, states_before_chunks
 from nanotrain.ops.gpu.tuned_configs import restrict_to_tuned
 from nanotrain.ops.mamba_layout import MambaParameters, MambaSizes, split_heads
@@ -45,9 +44,7 @@ class _MambaCore(torch.autograd.Function):
         A = -torch.exp(p.A_log.float())
         decay, dt = _chunk_cumsum_fwd(dt, A, chunk, dt_bias=p.dt_bias.float(), dt_softplus=True)
         states = states_before_chunks(x, dt, decay, B, index)
-        scores = _bmm_chunk_fwd(C, B, chunk, seq_idx=index, output_dtype=torch.float32)
-        y, _ = _chunk_scan_fwd(scores, x, dt, decay, C, states, D=p.D.float(), seq_idx=index)
-        y = y.view(-1, sizes.inner)
+        y = scan_outputs(x, dt, decay, B, C, states, p.D.float(), index).view(-1, sizes.inner)
         out, scale = gated_norm_triton.forward(y, z.flatten(0, 1), p.norm_weight, sizes.epsilon, sizes.num_groups)
         ctx.save_for_backward(zxBCdt, index, convolved, decay, dt, states, y, scale, *parameters)
         ctx.sizes = sizes

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanotrain.ops.gpu.ssd_inputs_triton import NARROW
+from nanotrain.ops.gpu.ssd_scan_triton import NARROW
 
 
 class Launch(NamedTuple):
