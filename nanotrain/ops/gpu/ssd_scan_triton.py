@@ -49,6 +49,20 @@ def _masks(
 
 
 @triton.jit
+def _decays(decay_ptr, r, k, L: tl.constexpr, BACKWARD: tl.constexpr):
+    """Return the decays between rows and the chunk's border, [rows], and between rows and positions, [rows, L]; 1 where
+    rows do not take from positions."""
+    decay_r, decay_k = tl.load(decay_ptr + r) * _LOG2_E, tl.load(decay_ptr + k) * _LOG2_E
+    if BACKWARD:
+        reach = tl.exp2(tl.minimum(tl.load(decay_ptr + L - 1) * _LOG2_E - decay_r, 0.0))
+        between = decay_k[None, :] - decay_r[:, None]
+    else:
+        reach = tl.exp2(decay_r)
+        between = decay_r[:, None] - decay_k[None, :]
+    return reach, tl.exp2(tl.minimum(between, 0.0))
+
+
+@triton.jit
 def _scan(
     values_ptr, row_columns_ptr, columns_ptr, states_ptr, dt_ptr, decay_ptr, D_ptr, segment_ptr, out_ptr,
     length, num_chunks, stride_values_batch, stride_values, stride_row_columns_batch, stride_row_columns,
@@ -83,13 +97,7 @@ def _scan(
     row = ((batch * GROUPS * HEADS + head).to(tl.int64) * num_chunks + chunk) * L
     D_ptr += head
     for _ in range(WALKED):
-        decay_r, decay_k = tl.load(decay_ptr + row + r) * _LOG2_E, tl.load(decay_ptr + row + k) * _LOG2_E
-        if BACKWARD:
-            reach = tl.exp2(tl.minimum(tl.load(decay_ptr + row + L - 1) * _LOG2_E - decay_r, 0.0))
-            between = decay_k[None, :] - decay_r[:, None]
-        else:
-            reach = tl.exp2(decay_r)
-            between = decay_r[:, None] - decay_k[None, :]
+        reach, between = _decays(decay_ptr + row, r, k, L, BACKWARD)
         if PACKED:
             reach = tl.where(reached, reach, 0.0)
         states = tl.load(states_ptr + p[None, :] * N + n[:, None], mask=p_inside[None, :], other=0.0)
@@ -97,7 +105,7 @@ def _scan(
         dt, D = tl.load(dt_ptr + row + (r if BACKWARD else k)), tl.load(D_ptr)
         own = tl.load(values_ptr + r_at[:, None] * stride_values + p[None, :], mask=p_inside[None, :], other=0.0)
         total = tl.dot(row_columns, states)
-        weights = scores * tl.exp2(tl.minimum(between, 0.0))
+        weights = scores * between
         if not BACKWARD:
             weights *= dt[None, :]
         total = tl.dot(weights.to(values.dtype), values, total * reach[:, None])
