@@ -49,6 +49,7 @@ for fast, slow, inputs in pairs:
 """,
     "pairs": """
 from nanotrain.ops.gpu import ssd_pairs_triton
+from nanotrain.ops.gpu.ssd_decays_triton import gradients_of_decays
 from nanotrain.ops.segments import segment_indices
 from tests.ops.comparison import random_segments, relative_error
 ssd_pairs_triton._TILE = 16
@@ -62,7 +63,7 @@ for ids in (None, random_segments(batch, length, 9, generator)):
     index = torch.zeros(batch, length, dtype=torch.int32) if ids is None else segment_indices(ids)
     scores = torch.zeros(batch, chunks, groups, chunk, chunk)
     want_scores = torch.zeros_like(scores, dtype=torch.float64)
-    want_decay = torch.zeros(batch, heads, chunks, chunk, dtype=torch.float64)
+    want_decay, want_dt = torch.zeros(2, batch, heads, chunks, chunk, dtype=torch.float64)
     for b in range(batch):
         for t in range(length):
             for s in range(t - t % chunk, t + 1):
@@ -75,8 +76,14 @@ for ids in (None, random_segments(batch, length, 9, generator)):
                 weighted = pair * scores[b, c, :, i, j].repeat_interleave(heads // groups)
                 want_decay[b, :, c, i] += weighted * (t > s)
                 want_decay[b, :, c, j] -= weighted * (t > s)
+                want_dt[b, :, c, j] += weighted / dt[b, :, c, j]
     got = ssd_pairs_triton.pair_gradients(x, grad, dt, decay, scores, None if ids is None else index)
-    assert relative_error(got[0], want_scores) < 1e-5 and relative_error(got[1], want_decay) < 1e-5
+    none = torch.zeros(batch, heads, chunks, 1, chunk)
+    grad_dA, grad_dt = gradients_of_decays(dt, got.parts, none, none, none[..., 0, 0].contiguous())
+    own = torch.nn.functional.pad((x * grad).sum(-1).mT, (0, chunks * chunk - length)).view_as(dt)
+    assert relative_error(got.scores, want_scores) < 1e-5 and relative_error(got.own, own) < 1e-5
+    assert relative_error(grad_dA, want_decay.flip(-1).cumsum(-1).flip(-1)) < 1e-5
+    assert relative_error(grad_dt, want_dt) < 1e-5
 """,
     "states": """
 from nanotrain.ops.gpu import ssd_states_triton
@@ -122,6 +129,71 @@ for ids in (None, documents):  # the first row has one over the second chunk, th
     want = torch.stack([torch.zeros_like(g) if g.grad is None else g.grad for g in leaving], 1)
     assert relative_error(gradients, want) < 1e-5 and relative_error(by_decay, whole.grad) < 1e-5
     assert want[:, 0].abs().max() > 1 and whole.grad.abs().max() > 1 and not want[:, -1].any()
+""",
+    "scan": """
+from nanotrain.ops.gpu import ssd_columns_triton, ssd_scan_triton, ssd_pairs_triton
+from nanotrain.ops.gpu.ssd_columns_triton import gradient_of_B, gradient_of_C
+from nanotrain.ops.gpu.ssd_decays_triton import gradients_of_decays
+from nanotrain.ops.gpu.ssd_scan_triton import gradient_of_inputs, scan_outputs
+from nanotrain.ops.gpu.ssd_states_triton import gradients_of_states, states_before_chunks
+from nanotrain.ops.segments import segment_indices
+from tests.ops.comparison import relative_error
+
+def sequential(x, dt, dA, B, C, D, number):
+    heads = x.shape[2]
+    B, C = (t.repeat_interleave(heads // t.shape[2], 2) for t in (B, C))
+    state, y = torch.zeros(*x.shape[::2], x.shape[3], B.shape[3], dtype=x.dtype), []
+    for t in range(x.shape[1]):
+        kept = dA[:, t].exp() * (number[:, t] == number[:, t - 1])[:, None] if t else dA[:, 0]
+        state = state * kept[..., None, None] + torch.einsum("bh,bhp,bhn->bhpn", dt[:, t], x[:, t], B[:, t])
+        y.append(torch.einsum("bhpn,bhn->bhp", state, C[:, t]))
+    return torch.stack(y, 1) + D[:, None] * x
+
+def check(batch, length, groups, heads, width, size, chunk, documents):
+    chunks = -(-length // chunk)
+    by_chunks = lambda t: torch.nn.functional.pad(t.mT, (0, chunks * chunk - length)).unflatten(-1, (chunks, chunk)).contiguous()
+    wide = randn(batch, length, 2 * groups * size + 5)
+    B, C = (wide[..., start : start + groups * size].unflatten(-1, (groups, size)) for start in (0, groups * size))
+    x, grad, D = randn(batch, length, heads, width), randn(batch, length, heads, width), randn(heads)
+    dt = torch.rand(batch, length, heads, generator=generator)
+    dA = -dt * torch.rand(heads, generator=generator)
+    for packed in (False, True):
+        index = segment_indices(documents[:batch, :length]) if packed else None
+        number = torch.zeros(batch, length) if index is None else index
+        leaves = [t.double().requires_grad_() for t in (x, dt, dA, B, C, D)]
+        y = sequential(*leaves, number)
+        want = torch.autograd.grad(y, leaves, grad.double())
+        steps, decay, seen = by_chunks(dt), by_chunks(dA).cumsum(-1), by_chunks(1.0 + number[..., None])[:, 0]
+        seen = (seen[..., :, None] == seen[..., None, :]) & (seen[..., None] > 0)
+        B4, C4 = (torch.nn.functional.pad(t.flatten(2), (0, 0, 0, chunks * chunk - length)).unflatten(2, (groups, size)).unflatten(1, (chunks, chunk)) for t in (B, C))
+        scores = torch.einsum("bcign,bcjgn->bcgij", C4, B4) * seen[:, :, None]
+        states = states_before_chunks(x, steps, decay, B, index)
+        error = relative_error(scan_outputs(x, steps, decay, B, C, states, D, index), y)
+        assert error < 2e-5, ("y", width, size, packed, error)
+        grad_states, of_chunks = gradients_of_states(grad, decay, C, states, index)
+        grad_x = torch.full((batch, length + 1, heads, width), 7.0)
+        gradient_of_inputs(grad, steps, decay, B, C, grad_states, D, index, grad_x[:, :length])
+        assert (grad_x[:, length] == 7.0).all()
+        grad_B, of_B = gradient_of_B(x, B, grad_states, steps, decay, index)
+        grad_C, of_C = gradient_of_C(grad, C, states, decay, index)
+        pairs = ssd_pairs_triton.pair_gradients(x, grad, steps, decay, scores, index)
+        grad_B += torch.einsum("bcgij,bcign->bcjgn", pairs.scores, C4).flatten(1, 2)[:, :length]
+        grad_C += torch.einsum("bcgij,bcjgn->bcign", pairs.scores, B4).flatten(1, 2)[:, :length]
+        grad_dA, grad_dt = (t.flatten(2)[..., :length].mT for t in gradients_of_decays(steps, pairs.parts, of_B, of_C, of_chunks))
+        for name, got, wanted in zip(("x", "dt", "dA", "B", "C", "D"), (grad_x[:, :length], grad_dt, grad_dA, grad_B, grad_C, pairs.own.sum((0, 2, 3))), want, strict=True):
+            error = relative_error(got, wanted)
+            assert error < 2e-5 and wanted.abs().max() > 1, (name, width, size, packed, error)
+
+places = torch.arange(300)
+documents = torch.stack([(places >= 10).int() + (places >= 70).int(), (places >= 31).int() + (places >= 32).int() + (places >= 40).int()])
+ssd_pairs_triton._TILE = 16
+check(2, 75, 2, 6, 8, 16, 32, documents)
+ssd_scan_triton.SMALL_LAUNCH = ssd_scan_triton.Launch(rows=16, heads=4, warps=4, stages=1)
+ssd_columns_triton.SMALL_LAUNCH = ssd_columns_triton.Launch(rows=16, columns=16, warps=4, stages=1)
+check(2, 75, 2, 8, 24, 32, 32, documents)
+ssd_scan_triton.SMALL_LAUNCH, ssd_columns_triton.SMALL_LAUNCH = ssd_scan_triton.LAUNCH, ssd_columns_triton.LAUNCH
+ssd_pairs_triton._TILE = 64
+check(1, 230, 1, 2, 80, 128, 128, documents)
 """,
     "fp8": """
 from nanotrain.ops.fp8 import quantize_tiles_ref, squared_relu_quantised_ref

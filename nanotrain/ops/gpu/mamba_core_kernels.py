@@ -12,22 +12,19 @@ from causal_conv1d.cpp_functions import (  # pyright: ignore[reportMissingImport
     causal_conv1d_fwd_function,
 )
 from mamba_ssm.ops.triton.ssd_bmm import _bmm_chunk_bwd, _bmm_chunk_fwd  # pyright: ignore[reportMissingImports]
-from mamba_ssm.ops.triton.ssd_chunk_scan import (  # pyright: ignore[reportMissingImports]
-    _chunk_scan_bwd_dC,
-    _chunk_scan_fwd,
-)
 from mamba_ssm.ops.triton.ssd_chunk_state import (  # pyright: ignore[reportMissingImports]
     _chunk_cumsum_bwd,
     _chunk_cumsum_fwd,
-    _chunk_state_bwd_db,
 )
-from mamba_ssm.ops.triton.ssd_combined import _chunk_scan_chunk_state_bwd_dx  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanotrain.ops.gpu import gated_norm_triton
 from nanotrain.ops.gpu.mamba_ssm_kernels import power_of_two
+from nanotrain.ops.gpu.ssd_columns_triton import gradient_of_B, gradient_of_C
+from nanotrain.ops.gpu.ssd_decays_triton import gradients_of_decays
 from nanotrain.ops.gpu.ssd_pairs_triton import pair_gradients
+from nanotrain.ops.gpu.ssd_scan_triton import gradient_of_inputs, scan_outputs
 from nanotrain.ops.gpu.ssd_states_triton import gradients_of_states, states_before_chunks
 from nanotrain.ops.gpu.tuned_configs import restrict_to_tuned
 from nanotrain.ops.mamba_layout import MambaParameters, MambaSizes, split_heads
@@ -47,9 +44,7 @@ class _MambaCore(torch.autograd.Function):
         A = -torch.exp(p.A_log.float())
         decay, dt = _chunk_cumsum_fwd(dt, A, chunk, dt_bias=p.dt_bias.float(), dt_softplus=True)
         states = states_before_chunks(x, dt, decay, B, index)
-        scores = _bmm_chunk_fwd(C, B, chunk, seq_idx=index, output_dtype=torch.float32)
-        y, _ = _chunk_scan_fwd(scores, x, dt, decay, C, states, D=p.D.float(), seq_idx=index)
-        y = y.view(-1, sizes.inner)
+        y = scan_outputs(x, dt, decay, B, C, states, p.D.float(), index).view(-1, sizes.inner)
         out, scale = gated_norm_triton.forward(y, z.flatten(0, 1), p.norm_weight, sizes.epsilon, sizes.num_groups)
         ctx.save_for_backward(zxBCdt, index, convolved, decay, dt, states, y, scale, *parameters)
         ctx.sizes = sizes
@@ -105,27 +100,20 @@ def _scan_backward(
     grad_x, grad_B, grad_C = gradients
     raw_dt, grad_dt = raw_dt_and_gradient
     dt, decay, states, index = kept
-    groups, chunk = B.shape[2], dt.shape[-1]
-    scores = _bmm_chunk_fwd(C, B, chunk, seq_idx=index, output_dtype=torch.float32)
+    scores = _bmm_chunk_fwd(C, B, dt.shape[-1], seq_idx=index, output_dtype=torch.float32)
     grad_states, grad_chunk_decay = gradients_of_states(grad_y, decay, C, states, index)
-    D = p.D.float()
-    _, grad_scaled_dt, grad_D = _chunk_scan_chunk_state_bwd_dx(
-        x, dt, decay, B, scores, grad_y, grad_states, D=D, seq_idx=index, dx=grad_x
-    )
-    from_states, grad_to_end = _chunk_state_bwd_db(x, dt, decay, grad_states, seq_idx=index, B=B, ngroups=groups)
-    from_outputs, grad_decay = _chunk_scan_bwd_dC(states, decay, grad_y, seq_idx=index, C=C, ngroups=groups)
-    grad_scores, grad_decay_of_pairs = pair_gradients(x, grad_y, dt, decay, scores, index)
-    _bmm_chunk_bwd(C, grad_scores, residual=from_states, out=grad_B)
-    _bmm_chunk_bwd(B, grad_scores.transpose(-1, -2), residual=from_outputs, out=grad_C)
-    # A decay counts in the running sums of all later positions.
-    grad_decay += grad_decay_of_pairs
-    grad_decay[..., -1] += grad_chunk_decay
-    grad_dA = grad_decay.flip(-1).cumsum(-1).flip(-1) + grad_to_end
+    gradient_of_inputs(grad_y, dt, decay, B, C, grad_states, p.D.float(), index, grad_x)
+    from_states, of_B = gradient_of_B(x, B, grad_states, dt, decay, index)
+    from_outputs, of_C = gradient_of_C(grad_y, C, states, decay, index)
+    pairs = pair_gradients(x, grad_y, dt, decay, scores, index)
+    _bmm_chunk_bwd(C, pairs.scores, residual=from_states, out=grad_B)
+    _bmm_chunk_bwd(B, pairs.scores.transpose(-1, -2), residual=from_outputs, out=grad_C)
+    grad_dA, grad_scaled_dt = gradients_of_decays(dt, pairs.parts, of_B, of_C, grad_chunk_decay)
     A = -torch.exp(p.A_log.float())
     _, grad_A, grad_dt_bias = _chunk_cumsum_bwd(
         grad_dA, grad_scaled_dt, raw_dt, A, dt_bias=p.dt_bias.float(), dt_softplus=True, ddt=grad_dt
     )
-    return grad_dt_bias, grad_A * A, grad_D
+    return grad_dt_bias, grad_A * A, pairs.own.sum((0, 2, 3))
 
 
 def mamba_core(zxBCdt: Tensor, parameters: MambaParameters, sizes: MambaSizes, segment_ids: Tensor | None) -> Tensor:
