@@ -29,8 +29,8 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 _CONNECT_TIMEOUT, _CONNECT_TIMEOUT_PER_RANK = timedelta(seconds=30), timedelta(seconds=0.1)
 """Of making a group. A rank that dies meanwhile has no connection yet that could close, and no signal is answered."""
 _LEAVE_SECONDS = 10.0
-"""Gloo's threads end at once, unless one waits for a rank that has not come; well below the 30 s that SLURM leaves a process
-between SIGTERM and SIGKILL."""
+"""Gloo's threads end at once, unless one waits for a rank that has not come; well below the 30 s that SLURM grants between
+SIGTERM and SIGKILL."""
 _POLL_SECONDS = 0.02
 """Waiting for the first rank is done in Python, so that a signal is answered meanwhile."""
 
@@ -161,6 +161,8 @@ def start_ranks(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     if gpus:
         torch.cuda.set_device(world.local_rank % gpus)
     if not dist.is_initialized():
+        import torch.distributed.nn.functional  # imported later, it holds the group for good, as a default argument
+
         dist.init_process_group(choose_backend(world), timeout=timeout)
     _control = open_channel()
     return world
@@ -208,11 +210,12 @@ def leave_ranks() -> None:
     """End gloo's threads; the last thing that a program does while the interpreter still runs.
 
     Such a thread drops the tensors of a collective when the caller may have gone on already, and needs the interpreter
-    for that. An interpreter that is ending takes the thread down instead, and from inside a C++ destructor that aborts the
-    process: a run that was through ended with 134 (SIGABRT). Taking a group down waits for its threads.
+    for that. An interpreter that is ending ends the thread instead, and inside a C++ destructor that aborts the process: a
+    run that was through ended with 134 (SIGABRT). Taking a group down waits for its threads, if nothing else holds it: what
+    torch keeps of FSDP2 does hold the group of its tensors, whose last collective is long over by then.
 
-    Groups of NCCL are left to the end of the process, which drops them without waiting; here they would wait for all ranks.
-    A collective that does not end, because a rank is missing, is not waited for either.
+    Other groups than gloo's are left to the end of the process: taking NCCL's down may wait for the other ranks. Neither
+    is a collective waited for that does not end because a rank is missing.
     """
     global _control  # noqa: PLW0603
     if _control._group is None:
@@ -228,6 +231,8 @@ def _take_down_gloo() -> None:
     """Take down every group of gloo's alone, in a thread of its own, which may be given up."""
     import torch.distributed as dist
 
+    if not dist.is_initialized():  # a library did it
+        return
     if dist.get_backend() == "gloo":
         dist.destroy_process_group()
         return
