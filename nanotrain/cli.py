@@ -19,6 +19,7 @@ from nanotrain.runtime.distributed import (
     ToldMistake,
     current_world,
     is_first_to_say,
+    leave_ranks,
     on_first,
     start_ranks,
 )
@@ -55,6 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(_flags_first(argv))
     stay_offline()
+    code = _exit_code(options)
+    leave_ranks()  # not after a defect: its traceback holds the groups, and the others may be anywhere
+    return code
+
+
+def _exit_code(options: argparse.Namespace) -> int:
     try:
         code: int = options.command(options)
     except UserError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.nn.functional  # before a group is made, as in start_ranks
 import torch.multiprocessing as mp
 
 from nanotrain.runtime.distributed import choose_backend, current_world, start_ranks, stop_ranks, wait_for_all

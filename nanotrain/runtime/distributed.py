@@ -4,8 +4,10 @@ Engines make the groups that carry tensors. Decisions (skip this entry, save now
 long timeout, because the other ranks may wait for hours while the first one prepares data.
 """
 
+import gc
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +28,9 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """Of tensors; a rank that hangs ends the others after it."""
 _CONNECT_TIMEOUT, _CONNECT_TIMEOUT_PER_RANK = timedelta(seconds=30), timedelta(seconds=0.1)
 """Of making a group. A rank that dies meanwhile has no connection yet that could close, and no signal is answered."""
+_LEAVE_SECONDS = 10.0
+"""Gloo's threads end at once, unless one waits for a rank that has not come; well below the 30 s that SLURM grants between
+SIGTERM and SIGKILL."""
 _POLL_SECONDS = 0.02
 """Waiting for the first rank is done in Python, so that a signal is answered meanwhile."""
 
@@ -156,6 +161,8 @@ def start_ranks(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     if gpus:
         torch.cuda.set_device(world.local_rank % gpus)
     if not dist.is_initialized():
+        import torch.distributed.nn.functional  # imported later, it holds the group for good, as a default argument
+
         dist.init_process_group(choose_backend(world), timeout=timeout)
     _control = open_channel()
     return world
@@ -197,6 +204,41 @@ def stop_ranks() -> None:
 
         _control = Channel(None)
         dist.destroy_process_group()
+
+
+def leave_ranks() -> None:
+    """End gloo's threads; the last thing that a program does while the interpreter still runs.
+
+    Such a thread drops the tensors of a collective when the caller may have gone on already, and needs the interpreter
+    for that. An interpreter that is ending ends the thread instead, and inside a C++ destructor that aborts the process: a
+    run that was through ended with 134 (SIGABRT). Taking a group down waits for its threads, if nothing else holds it: what
+    torch keeps of FSDP2 does hold the group of its tensors, whose last collective is long over by then.
+
+    Other groups than gloo's are left to the end of the process: taking NCCL's down may wait for the other ranks. Neither
+    is a collective waited for that does not end because a rank is missing.
+    """
+    global _control  # noqa: PLW0603
+    if _control._group is None:
+        return
+    _control = Channel(None)
+    gc.collect()  # engines lie in cycles, and hold groups
+    thread = threading.Thread(target=_take_down_gloo, name="leave-ranks", daemon=True)
+    thread.start()
+    thread.join(_LEAVE_SECONDS)
+
+
+def _take_down_gloo() -> None:
+    """Take down every group of gloo's alone, in a thread of its own, which may be given up."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():  # a library did it
+        return
+    if dist.get_backend() == "gloo":
+        dist.destroy_process_group()
+        return
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if dist.get_backend(group) == "gloo":
+            dist.destroy_process_group(group)
 
 
 def from_first(value: T) -> T:

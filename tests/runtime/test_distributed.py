@@ -1,9 +1,13 @@
 """Ranks: who they are, and that decisions are the same on all of them."""
 
+import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from nanotrain.config.errors import UserError
 from nanotrain.runtime import distributed
@@ -12,6 +16,7 @@ from nanotrain.runtime.distributed import (
     current_world,
     from_all,
     from_first,
+    leave_ranks,
     on_any_rank,
     start_ranks,
     wait_for_all,
@@ -108,3 +113,45 @@ def fail_on_the_second():
 def test_a_failing_rank_is_reported_with_its_traceback():
     with pytest.raises(AssertionError, match="the second rank failed on purpose"):
         run_ranks(fail_on_the_second, 2)
+
+
+def gloo_threads() -> int:
+    return sum(path.read_text().strip() == "pt_gloo_runloop" for path in Path("/proc/self/task").glob("*/comm"))
+
+
+def leave() -> tuple[int, int]:
+    """Leave with channels open and replicas built; return the threads of gloo before and after."""
+    channel = distributed.open_channel()
+    channel.from_first("a decision of another thread")
+    replicas = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    replicas(torch.ones(1, 2)).sum().backward()
+    del channel, replicas
+    wait_for_all()
+    before = gloo_threads()
+    leave_ranks()
+    return before, gloo_threads()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads have names in Linux' /proc")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a group of gloo and NCCL stays")
+def test_no_thread_of_gloo_is_left_after_the_last_word():
+    for before, after in run_ranks(leave, 2):
+        assert before >= 3 and after == 0
+
+
+def leave_amid_a_collective() -> tuple[float, bool]:
+    """The second rank leaves in the midst of a collective that the first one has not come to."""
+    distributed._LEAVE_SECONDS = 1.0
+    wait_for_all()
+    if current_world().is_first:
+        time.sleep(6)
+    else:
+        dist.all_reduce(torch.zeros(1), group=distributed._control._group, async_op=True)
+    started = time.monotonic()
+    leave_ranks()
+    return time.monotonic() - started, any(thread.name == "leave-ranks" for thread in threading.enumerate())
+
+
+def test_leaving_does_not_wait_for_a_rank_that_is_missing():
+    (_, first_waits), (seconds, second_waits) = run_ranks(leave_amid_a_collective, 2)
+    assert seconds < 4 and second_waits and not first_waits

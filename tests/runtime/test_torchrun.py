@@ -49,15 +49,44 @@ if behaviour == "defect":
     sys.exit(1)
 """
 
+# The package's own command line, whose run ends while gloo's threads still hold the tensor of the last collective: they
+# wait for the interpreter, and the interval (seconds) keeps the main thread from giving it away before its end.
+BUSY_END = """
+import sys, time
+import torch
+import torch.distributed as dist
+from nanotrain import cli
+from nanotrain.config.errors import UserError
+from nanotrain.runtime import distributed
+from nanotrain.runtime.signals import Terminated
+
+def run(options):
+    endings = {"done": None, "mistake": UserError("a mistake on purpose"), "stopped": Terminated()}
+    distributed.wait_for_all()
+    sys.setswitchinterval(1000)
+    dist.all_reduce(torch.zeros(1), group=distributed._control._group, async_op=True)
+    until = time.monotonic() + 1
+    while time.monotonic() < until:
+        pass
+    ending = endings[options.overrides[0]]
+    if ending is not None:
+        raise ending
+    return 0
+
+cli._run_recipes = run
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
 
 @pytest.fixture
 def start(tmp_path):
     (tmp_path / "stand_in.py").write_text(RANK)
+    (tmp_path / "busy_end.py").write_text(BUSY_END)
     (tmp_path / "seen").mkdir()
 
-    def start(behaviour: str, restarts: int = 3) -> subprocess.Popen[str]:
+    def start(behaviour: str, restarts: int = 3, module: str = "stand_in") -> subprocess.Popen[str]:
         code = (
-            "import sys; from nanotrain.runtime.torchrun import main; sys.exit(main(sys.argv[1:], module='stand_in'))"
+            f"import sys; from nanotrain.runtime.torchrun import main; sys.exit(main(sys.argv[1:], module={module!r}))"
         )
         words = ["--ranks", "2", "--restarts", str(restarts), "--", "run", str(tmp_path / "seen"), behaviour]
         environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
@@ -94,6 +123,13 @@ def test_exit_codes_are_the_runs_own(start, tmp_path, behaviour, code, starts):
     assert finish(start(behaviour, restarts=1))[0] == code
     # A rank may be ended before its program has begun.
     assert max(len(list((tmp_path / "seen").glob(f"{rank}-*"))) for rank in (0, 1)) == starts
+
+
+@pytest.mark.parametrize(("behaviour", "code"), [("done", 0), ("mistake", 2), ("stopped", 75)])
+def test_a_thread_of_gloo_that_still_holds_a_tensor_does_not_abort_a_rank_at_its_end(start, behaviour, code):
+    ended, err = finish(start(behaviour, restarts=0, module="busy_end"))
+    assert ended == code, err
+    assert "terminate called" not in err and err.count("a mistake on purpose") == (behaviour == "mistake")
 
 
 def test_a_signal_reaches_every_rank_and_is_not_a_failure(start, tmp_path):
