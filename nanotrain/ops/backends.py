@@ -32,6 +32,8 @@ class Kernel:
     install: str
     """The command that installs it."""
     load: Callable[[], Callable[..., Any]]
+    shared_bytes: int = 0
+    """Of a block, that its programs need at most."""
 
 
 def _fused_mamba_core() -> Callable[..., Any]:
@@ -163,7 +165,7 @@ def load_fp8_products(precision: Precision, device: torch.device, gemm: Fp8Gemm 
 
 KERNELS: dict[str, dict[str, Kernel]] = {
     "mamba_core": {
-        "fused": Kernel("mamba_ssm", MAMBA_INSTALL, _fused_mamba_core),
+        "fused": Kernel("mamba_ssm", MAMBA_INSTALL, _fused_mamba_core, shared_bytes=160 * 1024),  # in fp32
     },
     "ssd": {
         "mamba_ssm": Kernel("mamba_ssm", MAMBA_INSTALL, _mamba_ssm_ssd),
@@ -247,8 +249,10 @@ def _choose(op: str, wanted: str, device: torch.device) -> str:
     for name, kernel in KERNELS[op].items():
         if wanted not in (AUTO, name):
             continue
-        problem = None
-        if find_spec(kernel.module) is None:
+        problem, remedy = _shortage(kernel, device), f"run `{kernel.install}`"
+        if problem is not None:
+            remedy = "use a GPU with more"
+        elif find_spec(kernel.module) is None:
             problem = f"needs the package {kernel.module.replace('_', '-')}, which is not installed"
         else:
             try:
@@ -257,6 +261,16 @@ def _choose(op: str, wanted: str, device: torch.device) -> str:
             except (ImportError, OSError, RuntimeError) as error:  # built for another torch or CUDA
                 problem = f"cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]})"
         if wanted == name:
-            raise UserError(f"{key} {problem}; run `{kernel.install}`, or use auto or torch.")
-        log_once(f"kernels: {op} {name} {problem}; `{kernel.install}` would make the step faster")
+            raise UserError(f"{key} {problem}; {remedy}, or use auto or torch.")
+        log_once(f"kernels: {op} {name} {problem}; to make the step faster, {remedy}")
     return TORCH
+
+
+def _shortage(kernel: Kernel, device: torch.device) -> str | None:
+    """Say what the GPU lacks for a kernel; None = nothing."""
+    if not kernel.shared_bytes:
+        return None
+    there = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    if there >= kernel.shared_bytes:
+        return None
+    return f"needs {kernel.shared_bytes >> 10} KiB of shared memory in a block, and the GPU has {there >> 10}"

@@ -212,7 +212,7 @@ def _rank(
             traceback.print_exc(file=log)  # here, because the log closes before this process says it itself
             raise
         log.flush()
-    os._exit(code)  # what a torchrun rank does: no waiting for threads of libraries
+    os._exit(code)  # a fork: exit handlers and threads of libraries are its parent's
 
 
 def digest_of_run(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The choice of kernels, on a machine that may have none of them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -77,3 +79,15 @@ def test_auto_takes_the_first_that_is_there_and_torch_unsets(monkeypatch):
     assert kernel_for("ssd", torch.zeros(1)) is None  # a tensor on the CPU
     assert choose_kernels({"ssd": "torch"}, GPU) == {"ssd": "torch"}
     assert "ssd" not in backends._chosen
+
+
+@pytest.mark.parametrize(("kib", "chosen"), [(227, "fused"), (99, "torch")])
+def test_a_kernel_that_the_gpu_has_too_little_shared_memory_for_is_passed_over(monkeypatch, kib, chosen):
+    table = {"fused": Kernel("torch", "pip install it", lambda: len, shared_bytes=160 * 1024)}
+    monkeypatch.setitem(KERNELS, "mamba_core", table)
+    properties = SimpleNamespace(shared_memory_per_block_optin=kib * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert choose_kernels({"mamba_core": "auto"}, GPU) == {"mamba_core": chosen}
+    if chosen == "torch":
+        with pytest.raises(UserError, match="needs 160 KiB of shared memory in a block, and the GPU has 99; use a GPU"):
+            choose_kernels({"mamba_core": "fused"}, GPU)

@@ -22,12 +22,24 @@ class Launch(NamedTuple):
     stages: int
 
 
-LAUNCH = Launch(rows=128, heads=16, warps=8, stages=2)
-"""For 2-byte numbers."""
+LAUNCH = Launch(rows=128, heads=16, warps=8, stages=3)
+"""For 2-byte numbers, where a block may have all of Hopper's shared memory; the fastest of six (docs/benchmarks/one_gpu_h200_202611.md)."""
+LEAN_LAUNCH = Launch(rows=64, heads=16, warps=4, stages=1)
+"""The same on other GPUs: 81 KB."""
 SMALL_LAUNCH = Launch(rows=32, heads=16, warps=4, stages=2)
 """For fp32, whose tiles take twice the memory, and where an operand would be narrow."""
 NARROW = 64
 """Triton's wgmma was seen to be wrong with operands of 16 and 32 columns: values are padded to this many."""
+
+
+_HOPPERS_SHARED_BYTES = 227 * 1024
+
+
+def has_hoppers_shared_memory(device: torch.device) -> bool:
+    """Return whether a block may have 227 KiB of shared memory; also yes in Triton's interpreter."""
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= _HOPPERS_SHARED_BYTES
 
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -124,9 +136,10 @@ def _scan(
         D_ptr += 1
 
 
-def _launch_of(element_size: int, size: int, padded: int, chunk: int) -> Launch:
+def _launch_of(values: Tensor, size: int, padded: int, chunk: int) -> Launch:
+    element_size = values.element_size()
     if element_size == 2 and NARROW <= size <= 128 and padded <= 128 and NARROW <= chunk <= 128:
-        return LAUNCH
+        return LAUNCH if has_hoppers_shared_memory(values.device) else LEAN_LAUNCH
     wide = element_size * max(size, chunk) > 512  # bytes; two stages of these would not fit
     return SMALL_LAUNCH._replace(stages=1) if wide else SMALL_LAUNCH
 
@@ -139,7 +152,7 @@ def _run(
     num_chunks, chunk = decay.shape[2:]
     groups, size = columns.shape[2:]
     padded = max(triton.next_power_of_2(head_dim), NARROW)
-    launch = launch or _launch_of(values.element_size(), size, padded, chunk)
+    launch = launch or _launch_of(values, size, padded, chunk)
     heads = num_heads // groups
     rows, walked = min(launch.rows, chunk), math.gcd(launch.heads, heads)
     _scan[(chunk // rows * (heads // walked), batch * num_chunks, groups)](
