@@ -21,7 +21,7 @@ from tests.multi_gpu.starts import Journal, Limits, Ranks, arguments_of_ranks, c
 
 PART = "agree"
 NUM_STEPS = 5
-LIMITS = Limits(total=190.0, case=100.0, first=120.0)
+LIMITS = Limits(total=260.0, case=100.0, first=120.0)
 
 
 @dataclass(frozen=True)

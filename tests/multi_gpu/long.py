@@ -26,7 +26,7 @@ from tests.multi_gpu.trials import (
     training_of,
 )
 
-PART, BUDGET_SECONDS = "long", 95
+PART, BUDGET_SECONDS = "long", 200
 LENGTH, TINY_LENGTH = 131072, 256
 ROUNDS = 2
 PUBLISHED_RANKS, PUBLISHED_BATCH, PUBLISHED_LENGTH = 128, 12, 524288
