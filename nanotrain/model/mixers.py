@@ -12,6 +12,7 @@ from nanotrain.model.cache import HybridCache
 from nanotrain.model.linear import Linear
 from nanotrain.ops.attention import attention
 from nanotrain.ops.causal_conv1d import causal_conv1d
+from nanotrain.ops.linear import linears
 from nanotrain.ops.mamba_core import mamba_core
 from nanotrain.ops.mamba_layout import MambaParameters, MambaSizes, split_heads
 from nanotrain.ops.rms_norm import branch_rms_norm, grouped_gated_rms_norm, rms_norm
@@ -153,13 +154,20 @@ class AttentionMixer(nn.Module):
     ) -> Tensor:
         """Map [B, S, D] to [B, S, D]; see HybridModel.hidden_states for the arguments."""
         del num_valid  # padding is on the right: no real query sees it, and the next tokens overwrite it
-        q, k, v = (p(u).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self._projected(u))
         if cache is None:
             y = attention(q, k, v, segment_ids=segment_ids)
         else:
             k, v = cache.append_keys_values(self.layer, k, v)
             y = attention(q, k, v, num_cached=cache.lengths)
         return self.o_proj(y.flatten(2))
+
+    def _projected(self, u: Tensor) -> tuple[Tensor, ...]:
+        """Return queries, keys and values, [B, S, heads x Dh]; their input is quantised once."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        if any(p._forward_hooks for p in projections):  # a hook is there to see an output
+            return tuple(p(u) for p in projections)
+        return linears(u, [p.weight for p in projections], [p.weight_copy for p in projections])
 
 
 class MLPMixer(nn.Module):

@@ -4,7 +4,7 @@ The one idea: a layer holds a `WeightCopy`, the quantised weight of the current 
 use and serves forward and backward of all micro-batches of the step; a change of the weight makes a new one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -123,9 +123,16 @@ def linear(x: Tensor, weight: Tensor, copy: WeightCopy | None = None) -> Tensor:
     Returns:
         [..., N]; with a copy in autocast's dtype where it is on, else bf16. Gradients have the dtypes of x and weight.
     """
-    if copy is None:
-        return F.linear(x, weight)
-    return _QuantizedLinear.apply(x, weight, copy)
+    return linears(x, [weight], [copy])[0]
+
+
+def linears(x: Tensor, weights: Sequence[Tensor], copies: Sequence[WeightCopy | None]) -> tuple[Tensor, ...]:
+    """Return what `linear` returns for each weight; an input of copies of one library is quantised once for all."""
+    kept = [copy for copy in copies if copy is not None]
+    if len(kept) == len(copies) and all(copy.products is kept[0].products for copy in kept):
+        return _QuantizedLinears.apply(x, kept, *weights)
+    apart = zip(weights, copies, strict=True)
+    return tuple(F.linear(x, w) if copy is None else _QuantizedLinears.apply(x, [copy], w)[0] for w, copy in apart)
 
 
 def linear_ref(x: Tensor, weight: Tensor) -> Tensor:
@@ -134,37 +141,43 @@ def linear_ref(x: Tensor, weight: Tensor) -> Tensor:
     return torch.stack(rows).reshape(*x.shape[:-1], -1).to(x.dtype)
 
 
-class _QuantizedLinear(torch.autograd.Function):
+class _QuantizedLinears(torch.autograd.Function):
+    """Products of one input with several weights of one library."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, copy: WeightCopy) -> Tensor:
-        products = copy.products
+    def forward(ctx: Any, x: Tensor, copies: Sequence[WeightCopy], *weights: Tensor) -> tuple[Tensor, ...]:
+        products = copies[0].products
         flat = padded_rows(x.reshape(-1, x.shape[-1]), products.row_multiple)
-        wants_weight_gradient = ctx.needs_input_grad[1]
+        wants_weight_gradient = any(ctx.needs_input_grad[2:])
         quantized = products.quantize_activation(flat, columns=wants_weight_gradient)
-        y = products.output(quantized, copy.of(weight), output_dtype(x.device))
+        dtype, rows = output_dtype(x.device), x.numel() // x.shape[-1]
+        outputs = [products.output(quantized, copy.of(w), dtype) for copy, w in zip(copies, weights, strict=True)]
         if wants_weight_gradient:
-            ctx.save_for_backward(weight, quantized.columns, quantized.column_scales)
+            ctx.save_for_backward(quantized.columns, quantized.column_scales, *weights)
         else:
-            ctx.save_for_backward(weight)
-        ctx.copy, ctx.shape, ctx.dtype = copy, x.shape, x.dtype
-        rows = x.numel() // x.shape[-1]
-        return y[:rows].view(*x.shape[:-1], weight.shape[0])
+            ctx.save_for_backward(None, None, *weights)
+        ctx.copies, ctx.shape, ctx.dtype = copies, x.shape, x.dtype
+        return tuple(y[:rows].view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        weight, *saved = ctx.saved_tensors
-        products = ctx.copy.products
-        grad = grad_outputs[0].reshape(-1, weight.shape[0])
-        rows = grad.shape[0]
-        quantized = products.quantize_gradient(padded_rows(grad, products.row_multiple))
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = products.input_gradient(quantized, ctx.copy.of(weight), ctx.dtype)[:rows].view(ctx.shape)
-        if ctx.needs_input_grad[1]:
-            x = Quantized(None, None, *saved)
-            grad_weight = products.weight_gradient(quantized, x, weight.dtype)
-        return grad_x, grad_weight, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        columns, scales, *weights = ctx.saved_tensors
+        x, products = Quantized(None, None, columns, scales), ctx.copies[0].products
+        grad_x: Tensor | None = None
+        grad_weights: list[Tensor | None] = []
+        for index, (grad, weight, copy) in enumerate(zip(grad_outputs, weights, ctx.copies, strict=True)):
+            quantized = products.quantize_gradient(
+                padded_rows(grad.reshape(-1, weight.shape[0]), products.row_multiple)
+            )
+            if ctx.needs_input_grad[0]:
+                part = products.input_gradient(quantized, copy.of(weight), ctx.dtype)
+                grad_x = part if grad_x is None else grad_x.add_(part)
+            wanted = ctx.needs_input_grad[2 + index]
+            grad_weights.append(products.weight_gradient(quantized, x, weight.dtype) if wanted else None)
+        if grad_x is not None:
+            grad_x = grad_x[: ctx.shape.numel() // ctx.shape[-1]].view(ctx.shape)
+        return grad_x, None, *grad_weights
 
 
 def padded_rows(matrix: Tensor, multiple: int) -> Tensor:

@@ -115,8 +115,8 @@ def _layer_bytes(model: ModelConfig, kind: str, value: int, operand: int) -> int
     key_value = 2 * model.num_key_value_heads * model.head_dim
     if kind == MLP:
         return operand * (hidden + model.intermediate_size) + value * model.intermediate_size
-    if kind == ATTENTION:  # in FP8 each of q, k and v quantises the input, and the output is kept twice
-        operands = operand * (3 * hidden + query) if operand < value else value * hidden
+    if kind == ATTENTION:  # in FP8 the output is kept twice
+        operands = operand * (hidden + query) if operand < value else value * hidden
         return operands + value * (2 * query + key_value) + 4 * model.num_attention_heads
     states = inner * model.ssm_state_size / model.chunk_size  # one a chunk
     scan = value * (model.conv_channels + inner + states) + 16 * model.mamba_num_heads

@@ -20,7 +20,7 @@ from nanotrain.ops.fp8 import (
     quantize_blocks_ref,
     quantize_tiles_ref,
 )
-from nanotrain.ops.linear import RoundedProducts, WeightCopy, linear, linear_ref
+from nanotrain.ops.linear import RoundedProducts, WeightCopy, linear, linear_ref, linears
 from nanotrain.ops.squared_relu import squared_relu_ref
 from nanotrain.ops.squared_relu_mlp import fuses_squared_relu, squared_relu_mlp, squared_relu_mlp_ref
 
@@ -150,6 +150,37 @@ def test_only_copies_of_one_library_that_quantises_squared_relu_fuse(monkeypatch
     assert not any(fuses_squared_relu(x, *pair) for pair in pairs)  # no kernel was chosen
     monkeypatch.setattr(squared_relu_mlp_module, "kernel_for", lambda op, *tensors: len)
     assert [fuses_squared_relu(x, *pair) for pair in [*pairs, (None, None)]] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("tokens", [128, 70])
+def test_products_of_one_input_quantise_it_once_and_equal_those_alone(tokens):
+    class Counting(EmulatedProducts):
+        made = 0
+
+        def quantize_activation(self, x, *, columns):
+            self.made += 1
+            return super().quantize_activation(x, columns=columns)
+
+    generator = torch.Generator().manual_seed(9)
+    x = torch.randn(2, tokens // 2, 128, generator=generator).requires_grad_()
+    weights = [(torch.randn(rows, 128, generator=generator) / 16).requires_grad_() for rows in (256, 128, 128)]
+    grads = [torch.randn(2, tokens // 2, len(w), generator=generator).bfloat16() for w in weights]
+    products, other = Counting(), EmulatedProducts()
+    together = linears(x, weights, [WeightCopy(products) for _ in weights])
+    assert products.made == 1
+    alone = [linear(x, w, WeightCopy(other)) for w in weights]
+    assert all(a.equal(b) for a, b in zip(together, alone, strict=True))
+    got = torch.autograd.grad(together, (x, *weights), grads)
+    parts = [torch.autograd.grad(y, (x, w), grad) for y, w, grad in zip(alone, weights, grads, strict=True)]
+    assert got[0].equal(parts[0][0] + parts[1][0] + parts[2][0])
+    assert all(a.equal(b[1]) for a, b in zip(got[1:], parts, strict=True))
+
+
+def test_products_of_several_libraries_or_none_are_made_one_by_one():
+    x, weights = torch.randn(128, 128), [torch.randn(128, 128) for _ in range(3)]
+    copies = [WeightCopy(EmulatedProducts()), None, WeightCopy(RoundedProducts())]
+    together = linears(x, weights, copies)
+    assert all(y.equal(linear(x, w, copy)) for y, w, copy in zip(together, weights, copies, strict=True))
 
 
 def test_linear_without_a_copy_is_exact():
