@@ -195,6 +195,23 @@ ssd_scan_triton.SMALL_LAUNCH, ssd_columns_triton.SMALL_LAUNCH = ssd_scan_triton.
 ssd_pairs_triton._TILE = 64
 check(1, 230, 1, 2, 80, 128, 128, documents)
 """,
+    "mamba core": """
+from tests.ops import mamba_libraries
+mamba_libraries.install()
+from nanotrain.ops.gpu import mamba_core_kernels
+from nanotrain.ops.mamba_core import mamba_core_ref
+from nanotrain.ops.mamba_layout import MambaParameters, MambaSizes
+from tests.ops.comparison import random_segments
+mamba_core_kernels.restrict_to_tuned = lambda *sizes: None  # it asks the GPU
+sizes = MambaSizes(num_heads=4, head_dim=24, num_groups=2, state_size=16, chunk_size=32, epsilon=1e-5)
+channels = sizes.widths[1]
+inputs = [randn(2, 75, sum(sizes.widths)) / 2, randn(channels, 1, 4) / 3, randn(channels) / 8]
+inputs += [randn(4) - 2, torch.rand(4, generator=generator), randn(4), randn(sizes.inner)]
+for ids in (None, random_segments(2, 75, 12, generator)):
+    fast = lambda z, *p: mamba_core_kernels.mamba_core(z, MambaParameters(*p), sizes, ids)
+    slow = lambda z, *p: mamba_core_ref(z, MambaParameters(*p), sizes, ids)
+    assert worst_error(fast, slow, inputs, torch.float32) < 1e-5
+""",
     "fp8": """
 from nanotrain.ops.fp8 import quantize_tiles_ref, squared_relu_quantised_ref
 from nanotrain.ops.gpu.fp8_tiles_triton import PLAIN, quantise_tiles, squared_relu_quantised
