@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from mamba_ssm.ops.triton.ssd_bmm import _bmm_chunk_fwd  # pyright: ignore[reportMissingImports]
 from mamba_ssm.ops.triton.ssd_chunk_scan import (  # pyright: ignore[reportMissingImports]
     _chunk_scan_bwd_dC,
+    _chunk_scan_bwd_dcb,
+    _chunk_scan_bwd_ddAcs_stable,
     _chunk_scan_fwd,
 )
 from mamba_ssm.ops.triton.ssd_chunk_state import (  # pyright: ignore[reportMissingImports]
@@ -34,7 +36,6 @@ from nanotrain.ops.gpu.ssd_scan_triton import gradient_of_inputs, scan_outputs
 from nanotrain.ops.gpu.ssd_states_triton import gradients_of_states, states_before_chunks
 from nanotrain.ops.gpu.tuned_configs import restrict_to_tuned
 from nanotrain.ops.segments import segment_indices
-from tests.benchmarks import ssd_pairs_before
 from tests.benchmarks.measure import interleaved, write
 from tests.ops.comparison import random_segments
 
@@ -115,13 +116,13 @@ def C_before(c: Case) -> tuple[Tensor, Tensor]:
 
 
 def pairs_before(c: Case) -> tuple[Tensor, Tensor]:
-    return ssd_pairs_before.pair_gradients(c.x, c.grad, c.dt, c.decay, c.scores, c.documents)
+    of_scores = _chunk_scan_bwd_dcb(c.x, c.dt, c.decay, c.grad, seq_idx=c.documents, ngroups=GROUPS)
+    return of_scores, _chunk_scan_bwd_ddAcs_stable(c.x, c.dt, c.decay, c.grad, c.scores)
 
 
 def decays_before(grad_decay: Tensor, of_pairs: Tensor, of_chunks: Tensor, to_end: Tensor) -> Tensor:
-    grad_decay += of_pairs
     grad_decay[..., -1] += of_chunks
-    return grad_decay.flip(-1).cumsum(-1).flip(-1) + to_end
+    return grad_decay.flip(-1).cumsum(-1).flip(-1) + to_end + of_pairs
 
 
 def before(c: Case) -> dict[str, Tensor]:
