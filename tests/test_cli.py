@@ -147,6 +147,7 @@ def test_a_stopped_run_ends_with_75_and_the_same_command_finishes_it(fakes, monk
             time.sleep(1)
         return fakes._stage(config, run)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     monkeypatch.setattr(cli, "_stages", lambda: dict.fromkeys(fakes.table(), stopping))
     assert main(["run", "family/pipeline.yaml"]) == EXIT_PREEMPTED
