@@ -75,6 +75,7 @@ class CoreKernel(str, Enum):
 class Fp8Gemm(str, Enum):
     auto = "auto"
     te = "te"
+    wgmma = "wgmma"
     deep_gemm = "deep_gemm"
 
 
@@ -102,7 +103,9 @@ class KernelsConfig:
     """The update of low-precision states or weights, or in the backward pass; fp32 AdamW is torch's own fused kernel."""
 
     fp8_gemm: Fp8Gemm = Fp8Gemm.auto
-    """FP8 blockwise only: the library of the products for outputs and input gradients. auto = te."""
+    """FP8 blockwise only: what multiplies. te = Transformer Engine (cuBLASLt); wgmma = our kernel for Hopper; deep_gemm =
+    DeepGEMM for outputs and input gradients, our kernel for weights' gradients. All have the same bits. auto = wgmma on
+    Hopper where CUDA's runtime compiler is installed, else te."""
 
     def choices(self) -> dict[str, str]:
         """Return op -> wanted kernel; `fp8_gemm` is no op but belongs to the precision."""

@@ -119,14 +119,27 @@ def _products(precision: Precision, gemm: Fp8Gemm) -> QuantizedProducts:
         from nanotrain.ops.gpu.deep_gemm_products import DeepGemmProducts
 
         return DeepGemmProducts()
+    if gemm is Fp8Gemm.wgmma:
+        from nanotrain.ops.gpu.wgmma_products import WgmmaProducts
+
+        return WgmmaProducts()
     from nanotrain.ops.gpu.transformer_engine_products import BlockwiseProducts, CurrentScalingProducts
 
     return BlockwiseProducts() if precision is Precision.fp8_blockwise else CurrentScalingProducts()
 
 
-FP8_CAPABILITY = {Precision.fp8_blockwise: (9, 0), Precision.fp8_current: (8, 9)}
+HOPPER = (9, 0)
+FP8_CAPABILITY = {Precision.fp8_blockwise: HOPPER, Precision.fp8_current: (8, 9)}
 TE_INSTALL = 'pip install "transformer-engine[pytorch]" --no-build-isolation'
-DEEP_GEMM_INSTALL = "pip install sgl-deep-gemm==0.1.5"
+_TE = ("Transformer Engine", "transformer_engine", TE_INSTALL)
+_NVRTC = ("CUDA's runtime compiler", "cuda.bindings", "pip install cuda-bindings nvidia-cuda-nvrtc")
+_DEEP_GEMM = ("DeepGEMM", "deep_gemm", "pip install sgl-deep-gemm==0.1.5")
+_FP8_LIBRARIES = {
+    Fp8Gemm.te: (_TE,),
+    Fp8Gemm.wgmma: (_TE, _NVRTC),
+    Fp8Gemm.deep_gemm: (_TE, _NVRTC, _DEEP_GEMM),
+}
+"""Name, module and install line of what each choice needs."""
 
 
 def load_fp8_products(precision: Precision, device: torch.device, gemm: Fp8Gemm = Fp8Gemm.auto) -> QuantizedProducts:
@@ -138,20 +151,34 @@ def load_fp8_products(precision: Precision, device: torch.device, gemm: Fp8Gemm 
     key = f"`engine.precision` ({precision.value})"
     if device.type != "cuda":
         raise UserError(f"{key} needs a GPU with FP8 and the engine runs on {device.type}; use auto, bf16 or fp32.")
-    needed = FP8_CAPABILITY[precision]
-    if torch.cuda.get_device_capability(device) < needed:
+    capability, needed = torch.cuda.get_device_capability(device), FP8_CAPABILITY[precision]
+    if capability < needed:
         raise UserError(
             f"{key} needs a GPU of compute capability {needed[0]}.{needed[1]} or later, which"
             f" {torch.cuda.get_device_name(device)} is not; use bf16."
         )
-    libraries = [("Transformer Engine", "transformer_engine", TE_INSTALL)]
-    if gemm is Fp8Gemm.deep_gemm:
-        libraries.append(("DeepGEMM", "deep_gemm", DEEP_GEMM_INSTALL))
+    if gemm is Fp8Gemm.auto:
+        gemm = Fp8Gemm.te
+        if precision is Precision.fp8_blockwise and capability == HOPPER and _installed(_NVRTC[1]):
+            try:
+                return _loaded_products(key, precision, Fp8Gemm.wgmma)
+            except UserError as error:
+                log_once(f"kernels: fp8_gemm te, because {error}")
+    if gemm in (Fp8Gemm.wgmma, Fp8Gemm.deep_gemm) and capability != HOPPER:
+        raise UserError(
+            f"`engine.kernels.fp8_gemm` ({gemm.value}) needs a GPU of compute capability 9.0 (Hopper), which"
+            f" {torch.cuda.get_device_name(device)} is not; use te."
+        )
+    return _loaded_products(key, precision, gemm)
+
+
+def _loaded_products(key: str, precision: Precision, gemm: Fp8Gemm) -> QuantizedProducts:
+    libraries = _FP8_LIBRARIES[gemm]
     for name, module, install in libraries:
-        if find_spec(module) is None:
+        if not _installed(module):
             raise UserError(f"{key} needs {name}, which is not installed; run `{install}`, or use bf16.")
     try:
-        return _products(precision, gemm)
+        products = _products(precision, gemm)
     except (
         AssertionError,
         ImportError,
@@ -161,6 +188,13 @@ def load_fp8_products(precision: Precision, device: torch.device, gemm: Fp8Gemm 
         names, installs = (" and ".join(part) for part in list(zip(*libraries, strict=True))[::2])
         reason = f"{type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}"
         raise UserError(f"{key}: {names} cannot be loaded ({reason}); run `{installs}`.") from error
+    log_once(f"kernels: fp8_gemm {gemm.value}")
+    return products
+
+
+def _installed(module: str) -> bool:
+    """Return whether a module, or one of a package's, can be found; nothing of it is imported."""
+    return find_spec(module.partition(".")[0]) is not None and find_spec(module) is not None
 
 
 KERNELS: dict[str, dict[str, Kernel]] = {

@@ -1,6 +1,6 @@
 """DeepGEMM's block-scaled FP8 products for outputs and input gradients, on Transformer Engine's quantised matrices.
 
-Weights' gradients stay with Transformer Engine (cuBLASLt), which is faster there.
+Weights' gradients stay with our kernel for Hopper (wgmma_products.py), which is faster there.
 """
 
 import deep_gemm  # pyright: ignore[reportMissingImports]
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from nanotrain.ops.fp8 import BLOCK, Quantized
-from nanotrain.ops.gpu.transformer_engine_products import BlockwiseProducts
+from nanotrain.ops.gpu.wgmma_products import WgmmaProducts
 
 
-class DeepGemmProducts(BlockwiseProducts):
+class DeepGemmProducts(WgmmaProducts):
     """The same quantisers and formats; both libraries add 128 terms in the tensor cores and the parts in fp32."""
 
     def output(self, x: Quantized, weight: Quantized, dtype: torch.dtype) -> Tensor:
