@@ -135,12 +135,10 @@ def compare_quantisers(tokens: int, out: Path) -> None:
         "te squared forward and gradient": unfused_gradient,
         "triton squared_relu": lambda: squared_relu(x),
     }
-    for width, warps in ((16, 4), (32, 4), (32, 8), (64, 4), (64, 8), (128, 8)):
-        key = {"slice_width": width, "warps": warps}
-        forms[f"ours plain 20480 {width} {warps}"] = lambda key=key: quantise_tiles(x, kind=PLAIN, **key)
-        forms[f"ours plain 5120 {width} {warps}"] = lambda key=key: quantise_tiles(narrow, kind=PLAIN, **key)
-        forms[f"ours squared {width} {warps}"] = lambda key=key: quantise_tiles(x, **key)
-        forms[f"ours gradient {width} {warps}"] = lambda key=key: quantise_tiles(x, grad, **key)
+    forms["ours plain 20480"] = lambda: quantise_tiles(x, kind=PLAIN)
+    forms["ours plain 5120"] = lambda: quantise_tiles(narrow, kind=PLAIN)
+    forms["ours squared"] = lambda: quantise_tiles(x)
+    forms["ours gradient"] = lambda: quantise_tiles(x, grad)
     times = interleaved(forms, 9)
     write(out, {"part": "quantiser", "same_bits": same, **{form: t["median_ms"] for form, t in times.items()}})
 
