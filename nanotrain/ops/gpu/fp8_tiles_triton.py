@@ -21,41 +21,48 @@ class Launch(NamedTuple):
     warps: int
     """Of a program, which makes one block of 128 x 128."""
     columns: int
-    """Neighbouring values of a row that a thread holds, at most 16."""
+    """Neighbouring values of a row that a thread holds: 8 or 16."""
     registers: int | None
     """The most of a thread, fewer than the compiler would take, so that more programs fit; None = as it likes."""
+    packed: bool
+    """Keep the values of a plain bf16 matrix in pairs, half of the registers, for some more instructions."""
     group: int
     """Blocks below each other that run side by side: the transposed matrix is written in runs of 128 bytes each."""
 
 
-LAUNCH = Launch(warps=8, columns=8, registers=None, group=8)
+LAUNCH = Launch(warps=4, columns=8, registers=168, packed=False, group=8)
 
 
 @triton.jit
 def _scale(amax):
-    """448 / amax rounded down to a power of two, in whose place 0 has the largest one and infinity and NaN have 1.
+    """448 / amax rounded down to a power of two; 1 for all zeros, infinity and NaN.
 
-    448 is 1.75 x 2^8. Subtracting the bits of amax from those of 1.75 x 2^(8 + 127) leaves in the exponent the quotient's,
-    one less where amax has the larger mantissa.
+    448 is 1.75 x 2^8. The bits of amax taken from those of 1.75 x 2^(8 + 127) leave the quotient's exponent, one less
+    where amax has the larger mantissa.
     """
     bits = amax.to(tl.uint32, bitcast=True)
     power = tl.minimum(0x83600000 - bits, 0x7F7FFFFF) & 0x7F800000
-    return tl.where(bits < 0x7F800000, power, 0x3F800000).to(tl.float32, bitcast=True)
+    return tl.where(bits - 1 < 0x7F7FFFFF, power, 0x3F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _inverse(scale, amax):
-    """1 / scale of a power of two, also the one that is below the normal numbers; 1 for all zeros."""
-    bits = scale.to(tl.uint32, bitcast=True)
-    inverse = tl.where(bits == 0x7F000000, 0x00400000, 0x7F000000 - bits)
-    return tl.where(amax > 0.0, inverse, 0x3F800000).to(tl.float32, bitcast=True)
+def _exponent(scale):
+    """In one byte, which the compiler then moves between threads instead of what `_inverse` makes of it."""
+    return (scale.to(tl.uint32, bitcast=True) >> 23).to(tl.uint8)
+
+
+@triton.jit
+def _inverse(exponent):
+    """1 / scale; that of the largest one is below the normal numbers."""
+    bits = (254 - exponent.to(tl.uint32)) << 23
+    return tl.where(bits == 0, 0x00400000, bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _value(x_ptr, grad_ptr, at, KIND: tl.constexpr):
-    value = tl.load(x_ptr + at).to(tl.float32)
+    value = tl.load(x_ptr + at)
     if KIND > 0:
-        value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        value = tl.maximum(value.to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
     if KIND == 1:
         value = value * value
     if KIND == 2:
@@ -64,9 +71,25 @@ def _value(x_ptr, grad_ptr, at, KIND: tl.constexpr):
 
 
 @triton.jit
+def _rows(value, rows_ptr, at):
+    """Write some rows in FP8; return their scales' exponents."""
+    value = value.to(tl.float32)
+    scale = _scale(tl.max(tl.abs(value), axis=1))
+    tl.store(rows_ptr + at, (value * scale[:, None]).to(tl.float8e4nv))
+    return _exponent(scale)
+
+
+@triton.jit
 def _interleaved(a, b, c, d):
     """[n] each, to [a0, b0, c0, d0, a1, ...]."""
     return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [4 * a.shape[0]])
+
+
+@triton.jit
+def _larger(a, b, PACKED: tl.constexpr):
+    if PACKED:
+        return tl.maximum(tl.abs(a), tl.abs(b))  # two at a time
+    return tl.maximum(tl.abs(a.to(tl.float32)), tl.abs(b.to(tl.float32)))
 
 
 @triton.jit
@@ -79,7 +102,7 @@ def _two_bytes(a, b):
 @triton.jit
 def _quantise(
     x_ptr, grad_ptr, rows_ptr, row_scales_ptr, columns_ptr, column_scales_ptr, height, width,
-    KIND: tl.constexpr, B: tl.constexpr, COLUMNS: tl.constexpr,
+    KIND: tl.constexpr, B: tl.constexpr, COLUMNS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     tile_row, tile_column = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0), tl.program_id(1)
     if tile_row * B >= height:
@@ -99,26 +122,22 @@ def _quantise(
     b = _value(x_ptr + width, grad_ptr + width, at, KIND)
     c = _value(x_ptr + 2 * width, grad_ptr + 2 * width, at, KIND)
     d = _value(x_ptr + 3 * width, grad_ptr + 3 * width, at, KIND)
-    largest = tl.maximum(tl.maximum(tl.abs(a), tl.abs(b)), tl.maximum(tl.abs(c), tl.abs(d)))
-    column_amax = tl.max(largest, axis=0)
-    column_scale = _scale(column_amax)
-    tl.store(column_scales_ptr + every, _inverse(column_scale, column_amax))
 
-    a_amax, b_amax = tl.max(tl.abs(a), axis=1), tl.max(tl.abs(b), axis=1)
-    c_amax, d_amax = tl.max(tl.abs(c), axis=1), tl.max(tl.abs(d), axis=1)
-    a_scale, b_scale, c_scale, d_scale = _scale(a_amax), _scale(b_amax), _scale(c_amax), _scale(d_amax)
-    row_scale, row_amax = (
-        _interleaved(a_scale, b_scale, c_scale, d_scale),
-        _interleaved(a_amax, b_amax, c_amax, d_amax),
-    )
-    tl.store(row_scales_ptr + every, _inverse(row_scale, row_amax))
-    out = tl.max_contiguous(at, [1, COLUMNS])  # stores decide how the threads share the block, loads follow
-    tl.store(rows_ptr + out, (a * a_scale[:, None]).to(tl.float8e4nv))
-    tl.store(rows_ptr + width + out, (b * b_scale[:, None]).to(tl.float8e4nv))
-    tl.store(rows_ptr + 2 * width + out, (c * c_scale[:, None]).to(tl.float8e4nv))
-    tl.store(rows_ptr + 3 * width + out, (d * d_scale[:, None]).to(tl.float8e4nv))
+    at = tl.max_contiguous(at, [1, COLUMNS])  # the stores decide how the threads share the block, the loads follow
+    a_exponent = _rows(a, rows_ptr, at)
+    b_exponent = _rows(b, rows_ptr + width, at)
+    c_exponent = _rows(c, rows_ptr + 2 * width, at)
+    d_exponent = _rows(d, rows_ptr + 3 * width, at)
+    tl.store(row_scales_ptr + every, _inverse(_interleaved(a_exponent, b_exponent, c_exponent, d_exponent)))
 
+    largest = _larger(_larger(a, b, PACKED), _larger(c, d, PACKED), PACKED).to(tl.float32)
+    column_scale = _scale(tl.max(largest, axis=0))
+    tl.store(column_scales_ptr + every, _inverse(_exponent(column_scale)))
     scale = column_scale[None, :]
+    if PACKED:
+        scale = scale.to(tl.bfloat16)  # a power of two: the products are exact, or below what FP8 tells from 0
+    else:
+        a, b, c, d = a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32)
     word = _two_bytes(a * scale, b * scale) | (_two_bytes(c * scale, d * scale) << 16)
     words_ptr = columns_ptr.to(tl.pointer_type(tl.int32))
     tl.store(words_ptr + every[:, None] * (height // 4) + quarter[None, :], tl.trans(word))
@@ -139,9 +158,11 @@ def quantise_tiles(
     rows, columns = (torch.empty(shape, dtype=torch.float8_e4m3fn, device=x.device) for shape in (x.shape, x.t().shape))
     row_scales = torch.empty(width // BLOCK, height, dtype=torch.float32, device=x.device)
     column_scales = torch.empty(height // BLOCK, width, dtype=torch.float32, device=x.device)
+    kind = kind if grad is None else SQUARED_RELU_GRADIENT
+    packed = launch.packed and kind == PLAIN and x.dtype == torch.bfloat16
     _quantise[(launch.group, width // BLOCK, triton.cdiv(height // BLOCK, launch.group))](
         x, x if grad is None else grad, rows, row_scales, columns, column_scales, height, width,
-        KIND=kind if grad is None else SQUARED_RELU_GRADIENT, B=BLOCK, COLUMNS=launch.columns,
+        KIND=kind, B=BLOCK, COLUMNS=launch.columns, PACKED=packed,
         num_warps=launch.warps, maxnreg=launch.registers,
     )  # fmt: skip
     return Quantized(rows.view(torch.uint8), row_scales, columns.view(torch.uint8), column_scales)
