@@ -32,6 +32,7 @@ LAUNCHES = [
     for numbers in (
         (8, 8, None, False, 8),
         (8, 8, None, False, 1),
+        (8, 8, 80, False, 8),
         (8, 8, 80, True, 8),
         (4, 8, 168, False, 8),
         (4, 8, 168, False, 1),
@@ -63,9 +64,9 @@ def launches(kind: int) -> list[Launch]:
 def expected(te: BlockwiseProducts, kind: int, x: Tensor, grad: Tensor) -> Quantized:
     """Transformer Engine's tiles, of the fp32 result where ours has the function inside."""
     if kind == PLAIN:
-        return te.quantize_gradient(x)
+        return te._quantize(x, 1, True)
     positive = x.float().clamp_(min=0.0)
-    return te.quantize_gradient(positive.square_() if kind == SQUARED_RELU else positive.mul_(2.0).mul_(grad))
+    return te._quantize(positive.square_() if kind == SQUARED_RELU else positive.mul_(2.0).mul_(grad), 1, True)
 
 
 def unequal(fast: Quantized, slow: Quantized) -> list[str]:
@@ -77,7 +78,7 @@ def check(te: BlockwiseProducts, out: Path) -> set[tuple[int, Launch]]:
     """Write which launches fail or give other bits than Transformer Engine; return those that do neither."""
     x, grad = values(1024, 0), values(1024, 1)
     x *= torch.exp(2 * torch.randn(ROWS, 1, device=DEVICE)).bfloat16()
-    x[3], x[:, 5], x[7, :9], x[200] = 0.0, 0.0, torch.inf, 1e-39
+    x[3], x[:, 5], x[7, :9], x[120] = 0.0, 0.0, torch.inf, 1e-39
     try:
         with compiling_only():
             for kind in NAMES:
@@ -120,7 +121,7 @@ def time_case(te: BlockwiseProducts, kind: int, width: int, sound: set[tuple[int
     for seed in range(count):
         x = values(width, seed)
         inputs.append((x, values(width, CALLS + seed) if streams == 3 else x))
-    forms: dict[str, Form] = {"te": lambda x, grad: te.quantize_gradient(x)} if kind == PLAIN else {}
+    forms: dict[str, Form] = {"te": lambda x, grad: te._quantize(x, 1, True)} if kind == PLAIN else {}
     forms |= {str(tuple(launch)): ours(kind, launch) for launch in LAUNCHES if (kind, launch) in sound}
     times: dict[str, list[float]] = {name: [] for name in forms}
     order = list(forms)
