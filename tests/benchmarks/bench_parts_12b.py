@@ -117,30 +117,33 @@ def compare_quantisers(tokens: int, out: Path) -> None:
     """Our tiles beside Transformer Engine's: plain, of squared ReLU, of its gradient."""
     from nanotrain.ops.gpu.fp8_tiles_triton import PLAIN, quantise_tiles
     from nanotrain.ops.gpu.squared_relu_triton import squared_relu
+    from nanotrain.ops.gpu.transformer_engine_products import BlockwiseProducts
 
-    te = load_fp8_products(Precision.fp8_blockwise, DEVICE)
+    te = BlockwiseProducts()
+
+    def theirs(matrix: torch.Tensor) -> Quantized:
+        return te._quantize(matrix, 1, True)
+
     x, grad = (torch.randn(tokens, 20480, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     narrow = torch.randn(tokens, 5120, device=DEVICE, dtype=torch.bfloat16)
-    same = [_same(quantise_tiles(t, kind=PLAIN), te.quantize_activation(t, columns=True)) for t in (x, narrow)]
+    same = [_same(quantise_tiles(t, kind=PLAIN), theirs(t)) for t in (x, narrow)]
     leaf = x.clone().requires_grad_()
 
     def unfused_gradient() -> Quantized:
         y = squared_relu(leaf)
-        return te.quantize_gradient(torch.autograd.grad(y, leaf, grad)[0])
+        return theirs(torch.autograd.grad(y, leaf, grad)[0])
 
     forms = {
-        "te plain 20480": lambda: te.quantize_activation(x, columns=True),
-        "te plain 5120": lambda: te.quantize_activation(narrow, columns=True),
-        "te squared": lambda: te.quantize_activation(squared_relu(x), columns=True),
+        "te plain 20480": lambda: theirs(x),
+        "te plain 5120": lambda: theirs(narrow),
+        "te squared": lambda: theirs(squared_relu(x)),
         "te squared forward and gradient": unfused_gradient,
         "triton squared_relu": lambda: squared_relu(x),
     }
-    for width, warps in ((16, 4), (32, 4), (32, 8), (64, 4), (64, 8), (128, 8)):
-        key = {"slice_width": width, "warps": warps}
-        forms[f"ours plain 20480 {width} {warps}"] = lambda key=key: quantise_tiles(x, kind=PLAIN, **key)
-        forms[f"ours plain 5120 {width} {warps}"] = lambda key=key: quantise_tiles(narrow, kind=PLAIN, **key)
-        forms[f"ours squared {width} {warps}"] = lambda key=key: quantise_tiles(x, **key)
-        forms[f"ours gradient {width} {warps}"] = lambda key=key: quantise_tiles(x, grad, **key)
+    forms["ours plain 20480"] = lambda: quantise_tiles(x, kind=PLAIN)
+    forms["ours plain 5120"] = lambda: quantise_tiles(narrow, kind=PLAIN)
+    forms["ours squared"] = lambda: quantise_tiles(x)
+    forms["ours gradient"] = lambda: quantise_tiles(x, grad)
     times = interleaved(forms, 9)
     write(out, {"part": "quantiser", "same_bits": same, **{form: t["median_ms"] for form, t in times.items()}})
 

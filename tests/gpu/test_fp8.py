@@ -6,7 +6,7 @@ import torch
 from nanotrain.config.engine import Fp8Gemm, Precision
 from nanotrain.config.errors import UserError
 from nanotrain.ops.backends import load_fp8_products
-from nanotrain.ops.fp8 import EmulatedProducts, squared_relu_quantised_ref
+from nanotrain.ops.fp8 import EmulatedProducts, quantize_tiles_ref, squared_relu_quantised_ref
 from nanotrain.ops.linear import RoundedProducts, WeightCopy, linear
 from nanotrain.ops.squared_relu_mlp import fuses_squared_relu, squared_relu_mlp, squared_relu_mlp_ref
 
@@ -71,6 +71,21 @@ def test_fused_squared_relu_equals_the_emulation_bit_for_bit(dtype):
         expected = squared_relu_quantised_ref(x, other)
         for name in ("rows", "row_scales", "columns", "column_scales"):
             assert torch.equal(getattr(fast, name).cpu(), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize(
+    "numbers", [(4, 8, 168, False, 8), (4, 16, None, False, 1), (4, 16, 128, True, 2), (8, 8, 80, True, 8)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_launch_of_tiles_equals_the_emulation_bit_for_bit(numbers, dtype):
+    products(Precision.fp8_blockwise)  # or skip
+    from nanotrain.ops.gpu.fp8_tiles_triton import PLAIN, Launch, quantise_tiles
+
+    x = matrix(384, 256, 9, dtype)
+    x[5, :7], x[6] = torch.inf, 1e-39
+    fast, expected = quantise_tiles(x.cuda(), kind=PLAIN, launch=Launch(*numbers)), quantize_tiles_ref(x)
+    for name in ("rows", "row_scales", "columns", "column_scales"):
+        assert torch.equal(getattr(fast, name).cpu(), getattr(expected, name)), name
 
 
 @pytest.mark.parametrize("gemm", [Fp8Gemm.te, Fp8Gemm.deep_gemm])

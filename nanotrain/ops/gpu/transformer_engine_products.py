@@ -21,9 +21,11 @@ from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import (  #
 )
 
 from nanotrain.ops.fp8 import BLOCK, Quantized
-from nanotrain.ops.gpu.fp8_tiles_triton import squared_relu_quantised
+from nanotrain.ops.gpu.fp8_tiles_triton import PLAIN, quantise_tiles, squared_relu_quantised
 
 _E4M3, _E5M2 = tex.DType.kFloat8E4M3, tex.DType.kFloat8E5M2
+_OWN_TILES = True
+"""Tiles in both directions are made by our kernel; False: by Transformer Engine's. The bits are the same."""
 
 
 class BlockwiseProducts:
@@ -42,10 +44,10 @@ class BlockwiseProducts:
         }
 
     def quantize_activation(self, x: Tensor, *, columns: bool) -> Quantized:
-        return self._quantize(x, 1, columns)
+        return self._tiles(x) if columns else self._quantize(x, 1, False)
 
     def quantize_gradient(self, grad: Tensor) -> Quantized:
-        return self._quantize(grad, 1, True)
+        return self._tiles(grad)
 
     def quantize_weight(self, weight: Tensor) -> Quantized:
         return self._quantize(weight, 2, True)
@@ -58,6 +60,11 @@ class BlockwiseProducts:
 
     def weight_gradient(self, grad: Quantized, x: Quantized, dtype: torch.dtype) -> Tensor:
         return _gemm(self._wrap(x, 1), self._wrap(grad, 1), "NT", dtype)
+
+    def _tiles(self, matrix: Tensor) -> Quantized:
+        """Quantise in both directions. Our kernel has no form for matrices with parts of a block."""
+        whole = matrix.is_contiguous() and all(size % BLOCK == 0 for size in matrix.shape)
+        return quantise_tiles(matrix, kind=PLAIN) if _OWN_TILES and whole else self._quantize(matrix, 1, True)
 
     def _quantize(self, matrix: Tensor, dimensions: int, columns: bool) -> Quantized:
         q = tex.quantize(matrix, self._quantizers[dimensions, columns])
