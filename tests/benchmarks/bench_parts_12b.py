@@ -2,13 +2,15 @@
 
     python -m tests.benchmarks.bench_parts_12b OUT.jsonl [--tokens 8192] [--chunks 128 256] [--skip PART ...]
 
-Parts: gemm, widths, quantiser, mlp, core. Milliseconds are medians of interleaved rounds on random data, weights quantised once.
+Parts: gemm, widths, mlp, core; tiles have bench_quantise. Milliseconds are medians of interleaved rounds on random data, weights
+quantised once.
 """
 
 import argparse
 import time
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -17,8 +19,7 @@ from torch import Tensor
 from nanotrain.config.engine import Fp8Gemm, Precision
 from nanotrain.ops import backends
 from nanotrain.ops.backends import choose_kernels, load_fp8_products
-from nanotrain.ops.fp8 import Quantized
-from nanotrain.ops.linear import WeightCopy
+from nanotrain.ops.linear import QuantizedProducts, WeightCopy
 from nanotrain.ops.squared_relu_mlp import squared_relu_mlp, squared_relu_mlp_ref
 from tests.benchmarks.bench_one_gpu import REDUCED, our_core
 from tests.benchmarks.measure import interleaved, write
@@ -56,40 +57,38 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 def compare_products(tokens: int, out: Path) -> None:
-    """DeepGEMM beside Transformer Engine: the same quantised operands, outputs and input gradients."""
+    """The kernels of the three products on the same quantised operands, Transformer Engine's bits and fp64 beside them."""
+    wanted = [gemm for gemm in Fp8Gemm if gemm is not Fp8Gemm.auto]
+    if find_spec("deep_gemm") is None:
+        wanted.remove(Fp8Gemm.deep_gemm)
+    forms = {gemm.value: load_fp8_products(Precision.fp8_blockwise, DEVICE, gemm) for gemm in wanted}
     for name, (n, k) in SHAPES.items():
-        write(out, {"part": "gemm", "shape": name, **_products_of(tokens, n, k)})
+        write(out, {"part": "gemm", "shape": name, **_products_of(forms, tokens, n, k)})
 
 
-def _products_of(tokens: int, n: int, k: int) -> dict[str, object]:
-    te, other = (load_fp8_products(Precision.fp8_blockwise, DEVICE, gemm) for gemm in (Fp8Gemm.te, Fp8Gemm.deep_gemm))
-    kind = torch.bfloat16
+def _products_of(forms: dict[str, QuantizedProducts], tokens: int, n: int, k: int) -> dict[str, object]:
+    te, kind = forms["te"], torch.bfloat16
     x, grad = (torch.randn(tokens, width, device=DEVICE, dtype=kind) for width in (k, n))
     weight = torch.randn(n, k, device=DEVICE, dtype=kind) / k**0.5
     qx, qw, qg = te.quantize_activation(x, columns=True), te.quantize_weight(weight), te.quantize_gradient(grad)
-    first = time.perf_counter()
-    mine = other.output(qx, qw, kind), other.input_gradient(qg, qw, kind)
-    torch.cuda.synchronize()
-    first = time.perf_counter() - first
-    theirs = te.output(qx, qw, kind), te.input_gradient(qg, qw, kind)
-    exact = x[:512].double() @ weight.double().T, grad[:512].double() @ weight.double()
-    times = interleaved(
-        {
-            "te output": lambda: te.output(qx, qw, kind),
-            "deep_gemm output": lambda: other.output(qx, qw, kind),
-            "te input gradient": lambda: te.input_gradient(qg, qw, kind),
-            "deep_gemm input gradient": lambda: other.input_gradient(qg, qw, kind),
-            "te weight gradient": lambda: te.weight_gradient(qg, qx, kind),
-        },
-        9,
+    exact = (
+        x[:512].double() @ weight.double().T,
+        grad[:512].double() @ weight.double(),
+        grad.T[:512].double() @ x.double(),
     )
-    return {
-        "first_s": first,
-        "apart": [difference(a, b) for a, b in zip(mine, theirs, strict=True)],
-        "error_te": [difference(a[:512], e) for a, e in zip(theirs, exact, strict=True)],
-        "error_deep_gemm": [difference(a[:512], e) for a, e in zip(mine, exact, strict=True)],
-        **{form: t["median_ms"] for form, t in times.items()},
-    }
+    found, calls, expected = {}, {}, None
+    for name, products in forms.items():
+        three = {
+            "output": partial(products.output, qx, qw, kind),
+            "input gradient": partial(products.input_gradient, qg, qw, kind),
+            "weight gradient": partial(products.weight_gradient, qg, qx, kind),
+        }
+        results = [product() for product in three.values()]
+        expected = results if expected is None else expected
+        found[f"{name} equals te"] = [torch.equal(a, b) for a, b in zip(results, expected, strict=True)]
+        found[f"{name} off fp64"] = [difference(a[:512], e) for a, e in zip(results, exact, strict=True)]
+        calls |= {f"{name} {product}": call for product, call in three.items()}
+    return found | {form: t["median_ms"] for form, t in interleaved(calls, 9).items()}
 
 
 def compare_widths(tokens: int, out: Path) -> None:
@@ -97,7 +96,7 @@ def compare_widths(tokens: int, out: Path) -> None:
 
     Transformer Engine's three products each, as operations a second.
     """
-    te, kind = load_fp8_products(Precision.fp8_blockwise, DEVICE), torch.bfloat16
+    te, kind = load_fp8_products(Precision.fp8_blockwise, DEVICE, Fp8Gemm.te), torch.bfloat16
     for name, n, k in WIDTHS:
         x, grad = (torch.randn(tokens, width, device=DEVICE, dtype=kind) for width in (k, n))
         weight = torch.randn(n, k, device=DEVICE, dtype=kind) / k**0.5
@@ -111,46 +110,6 @@ def compare_widths(tokens: int, out: Path) -> None:
         times = {form: t["median_ms"] for form, t in interleaved(forms, 9).items()}
         rates = {f"{form}_tflops": 2e-9 * tokens * n * k / ms for form, ms in list(times.items())[:3]}
         write(out, {"part": "widths", "shape": name, "rows": n, "columns": k, **times, **rates})
-
-
-def compare_quantisers(tokens: int, out: Path) -> None:
-    """Our tiles beside Transformer Engine's: plain, of squared ReLU, of its gradient."""
-    from nanotrain.ops.gpu.fp8_tiles_triton import PLAIN, quantise_tiles
-    from nanotrain.ops.gpu.squared_relu_triton import squared_relu
-    from nanotrain.ops.gpu.transformer_engine_products import BlockwiseProducts
-
-    te = BlockwiseProducts()
-
-    def theirs(matrix: torch.Tensor) -> Quantized:
-        return te._quantize(matrix, 1, True)
-
-    x, grad = (torch.randn(tokens, 20480, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    narrow = torch.randn(tokens, 5120, device=DEVICE, dtype=torch.bfloat16)
-    same = [_same(quantise_tiles(t, kind=PLAIN), theirs(t)) for t in (x, narrow)]
-    leaf = x.clone().requires_grad_()
-
-    def unfused_gradient() -> Quantized:
-        y = squared_relu(leaf)
-        return theirs(torch.autograd.grad(y, leaf, grad)[0])
-
-    forms = {
-        "te plain 20480": lambda: theirs(x),
-        "te plain 5120": lambda: theirs(narrow),
-        "te squared": lambda: theirs(squared_relu(x)),
-        "te squared forward and gradient": unfused_gradient,
-        "triton squared_relu": lambda: squared_relu(x),
-    }
-    forms["ours plain 20480"] = lambda: quantise_tiles(x, kind=PLAIN)
-    forms["ours plain 5120"] = lambda: quantise_tiles(narrow, kind=PLAIN)
-    forms["ours squared"] = lambda: quantise_tiles(x)
-    forms["ours gradient"] = lambda: quantise_tiles(x, grad)
-    times = interleaved(forms, 9)
-    write(out, {"part": "quantiser", "same_bits": same, **{form: t["median_ms"] for form, t in times.items()}})
-
-
-def _same(a: Quantized, b: Quantized) -> bool:
-    names = ("rows", "row_scales", "columns", "column_scales")
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in names)
 
 
 def compare_mlps(tokens: int, out: Path) -> None:
@@ -210,7 +169,6 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(1)
     parts = {
-        "quantiser": lambda: compare_quantisers(options.tokens, options.out),
         "gemm": lambda: compare_products(options.tokens, options.out),
         "widths": lambda: compare_widths(options.tokens, options.out),
         "mlp": lambda: compare_mlps(options.tokens, options.out),

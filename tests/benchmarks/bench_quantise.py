@@ -31,15 +31,14 @@ LAUNCHES = [
     Launch(*numbers)
     for numbers in (
         (8, 8, None, False, 8),
+        (8, 8, None, False, 1),
         (8, 8, 80, False, 8),
         (8, 8, 80, True, 8),
         (4, 8, 168, False, 8),
         (4, 8, 168, False, 1),
-        (4, 8, 168, False, 2),
-        (4, 8, 168, False, 4),
-        (4, 8, 168, False, 16),
         (4, 8, 168, False, 64),
         (4, 16, 168, False, 8),
+        (4, 16, 168, False, 2),
         (4, 16, 128, True, 8),
         (4, 8, 128, True, 8),
         (16, 8, None, False, 8),

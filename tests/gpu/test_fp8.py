@@ -44,7 +44,7 @@ def test_blockwise_quantisers_equal_the_emulation_bit_for_bit(dtype):
                 assert torch.equal(mine[used], other[used])
 
 
-@pytest.mark.parametrize("gemm", [Fp8Gemm.te, Fp8Gemm.deep_gemm])
+@pytest.mark.parametrize("gemm", [Fp8Gemm.te, Fp8Gemm.wgmma, Fp8Gemm.deep_gemm])
 def test_blockwise_products_equal_the_emulation_but_for_rounding(gemm):
     ours, slow = products(Precision.fp8_blockwise, gemm), EmulatedProducts()
     x, weight, grad = (
@@ -60,6 +60,35 @@ def test_blockwise_products_equal_the_emulation_but_for_rounding(gemm):
             got = getattr(ours, name)(fast[a], fast[b], dtype).cpu().double()
             expected = getattr(slow, name)(exact[a], exact[b], torch.float64)
             assert float((got - expected).norm() / expected.norm()) < tolerance, name
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "depth"),
+    [(128, 128, 128), (256, 384, 1024), (1152, 640, 2048), (384, 4480, 640), (5120, 5120, 8192), (640, 1280, 131072)],
+)
+def test_products_for_hopper_have_the_bits_of_transformer_engine(rows, columns, depth):
+    """Again and again: a race would not show every time. Both kinds of scales, and sizes that are no whole tile of results."""
+    te, ours = products(Precision.fp8_blockwise, Fp8Gemm.te), products(Precision.fp8_blockwise, Fp8Gemm.wgmma)
+    ours._fewest_gradients = 0  # also those that are left to Transformer Engine because it is faster
+    generator = torch.Generator("cuda").manual_seed(rows + columns + depth)
+
+    def spread(height: int, width: int) -> torch.Tensor:
+        x = torch.randn(height, width, generator=generator, device="cuda")
+        return (x * torch.exp(2 * torch.randn(height, 1, generator=generator, device="cuda"))).bfloat16()
+
+    x, grad = spread(depth, columns), spread(depth, rows)  # tokens go along the reduction of a weight's gradient
+    tiles = te.quantize_gradient(grad), te.quantize_gradient(x)
+    expected = {kind: te.weight_gradient(*tiles, kind) for kind in (torch.bfloat16, torch.float32)}
+    for _ in range(5):
+        for kind, wanted in expected.items():
+            assert torch.equal(ours.weight_gradient(*tiles, kind), wanted)
+    x, weight, grad = spread(rows, depth), spread(columns, depth), spread(rows, columns)
+    copy = te.quantize_weight(weight)
+    pairs = [(te.quantize_activation(x, columns=False), "output"), (te.quantize_gradient(grad), "input_gradient")]
+    for matrix, name in pairs:
+        wanted = getattr(te, name)(matrix, copy, torch.bfloat16)
+        for _ in range(5):
+            assert torch.equal(getattr(ours, name)(matrix, copy, torch.bfloat16), wanted), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -88,7 +117,7 @@ def test_every_launch_of_tiles_equals_the_emulation_bit_for_bit(numbers, dtype):
         assert torch.equal(getattr(fast, name).cpu(), getattr(expected, name)), name
 
 
-@pytest.mark.parametrize("gemm", [Fp8Gemm.te, Fp8Gemm.deep_gemm])
+@pytest.mark.parametrize("gemm", [Fp8Gemm.te, Fp8Gemm.wgmma, Fp8Gemm.deep_gemm])
 def test_fused_mlp_is_as_near_fp64_as_the_ops_apart(use, gemm):
     use("squared_relu", "triton")
     chosen = products(Precision.fp8_blockwise, gemm)

@@ -48,6 +48,43 @@ def test_a_missing_library_for_fp8_products_is_named_with_its_install_line(monke
         load_fp8_products(Precision.fp8_blockwise, GPU, Fp8Gemm.deep_gemm)
 
 
+def test_our_kernel_for_hopper_is_refused_elsewhere_and_chosen_there(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a B200")
+    monkeypatch.setattr(backends, "find_spec", lambda module: module)
+    monkeypatch.setattr(backends, "_products", lambda precision, gemm: chosen.append(gemm))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    with pytest.raises(
+        UserError, match=r"`engine\.kernels\.fp8_gemm` \(wgmma\) needs .* 9\.0 \(Hopper\), which a B200 is not; use te"
+    ):
+        load_fp8_products(Precision.fp8_blockwise, GPU, Fp8Gemm.wgmma)
+    load_fp8_products(Precision.fp8_blockwise, GPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    load_fp8_products(Precision.fp8_blockwise, GPU)
+    load_fp8_products(Precision.fp8_current, GPU)
+    assert chosen == [Fp8Gemm.te, Fp8Gemm.wgmma, Fp8Gemm.te]
+
+
+def test_without_cudas_compiler_transformer_engine_multiplies(monkeypatch):
+    def products(precision, gemm):
+        if gemm is Fp8Gemm.wgmma:
+            raise RuntimeError("no such library: libnvrtc")
+        return gemm
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "find_spec", lambda module: module)
+    monkeypatch.setattr(backends, "_products", products)
+    assert load_fp8_products(Precision.fp8_blockwise, GPU) is Fp8Gemm.te
+    with pytest.raises(UserError, match=r"CUDA's runtime compiler cannot be loaded \(RuntimeError: no such library"):
+        load_fp8_products(Precision.fp8_blockwise, GPU, Fp8Gemm.wgmma)
+    monkeypatch.setattr(backends, "find_spec", lambda module: None if module.startswith("cuda") else module)
+    assert load_fp8_products(Precision.fp8_blockwise, GPU) is Fp8Gemm.te
+    with pytest.raises(
+        UserError, match=r"needs CUDA's runtime compiler, which is not installed; run `pip install cuda-bindings"
+    ):
+        load_fp8_products(Precision.fp8_blockwise, GPU, Fp8Gemm.wgmma)
+
+
 def test_the_cpu_runs_plain_torch():
     assert set(choose_kernels(EngineConfig().kernels.choices(), CPU).values()) == {"torch"}
     with pytest.raises(UserError, match=r"engine\.kernels\.ssd` \(mamba_ssm\) needs a GPU"):

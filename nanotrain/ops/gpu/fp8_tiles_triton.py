@@ -30,7 +30,9 @@ class Launch(NamedTuple):
     """Blocks below each other that run side by side: the transposed matrix is written in runs of 128 bytes each."""
 
 
-LAUNCH = Launch(warps=4, columns=8, registers=168, packed=False, group=8)
+LAUNCH = Launch(warps=4, columns=16, registers=168, packed=False, group=2)
+PLAIN_BF16_LAUNCH = Launch(warps=4, columns=16, registers=128, packed=True, group=8)
+"""The fastest of 13 on an H200 (docs/benchmarks/one_gpu_h200_202611.md)."""
 
 
 @triton.jit
@@ -144,7 +146,7 @@ def _quantise(
 
 
 def quantise_tiles(
-    x: Tensor, grad: Tensor | None = None, *, kind: int = SQUARED_RELU, launch: Launch = LAUNCH
+    x: Tensor, grad: Tensor | None = None, *, kind: int = SQUARED_RELU, launch: Launch | None = None
 ) -> Quantized:
     """Return x, relu(x)^2, or with `grad` its gradient 2 relu(x) grad, in FP8 tiles in both directions.
 
@@ -152,14 +154,17 @@ def quantise_tiles(
         x: [M, K] contiguous; M and K multiples of 128.
         grad: [M, K] contiguous, of relu(x)^2.
         kind: PLAIN or SQUARED_RELU; without a meaning when `grad` is given.
-        launch: of the kernel.
+        launch: of the kernel; None = the fastest.
     """
     height, width = x.shape
     rows, columns = (torch.empty(shape, dtype=torch.float8_e4m3fn, device=x.device) for shape in (x.shape, x.t().shape))
     row_scales = torch.empty(width // BLOCK, height, dtype=torch.float32, device=x.device)
     column_scales = torch.empty(height // BLOCK, width, dtype=torch.float32, device=x.device)
     kind = kind if grad is None else SQUARED_RELU_GRADIENT
-    packed = launch.packed and kind == PLAIN and x.dtype == torch.bfloat16
+    plain_bf16 = kind == PLAIN and x.dtype == torch.bfloat16
+    if launch is None:
+        launch = PLAIN_BF16_LAUNCH if plain_bf16 else LAUNCH
+    packed = launch.packed and plain_bf16
     _quantise[(launch.group, width // BLOCK, triton.cdiv(height // BLOCK, launch.group))](
         x, x if grad is None else grad, rows, row_scales, columns, column_scales, height, width,
         KIND=kind, B=BLOCK, COLUMNS=launch.columns, PACKED=packed,

@@ -24,8 +24,6 @@ from nanotrain.ops.fp8 import BLOCK, Quantized
 from nanotrain.ops.gpu.fp8_tiles_triton import PLAIN, quantise_tiles, squared_relu_quantised
 
 _E4M3, _E5M2 = tex.DType.kFloat8E4M3, tex.DType.kFloat8E5M2
-_OWN_TILES = True
-"""Tiles in both directions are made by our kernel; False: by Transformer Engine's. The bits are the same."""
 
 
 class BlockwiseProducts:
@@ -62,9 +60,9 @@ class BlockwiseProducts:
         return _gemm(self._wrap(x, 1), self._wrap(grad, 1), "NT", dtype)
 
     def _tiles(self, matrix: Tensor) -> Quantized:
-        """Quantise in both directions. Our kernel has no form for matrices with parts of a block."""
+        """Quantise in both directions, by our kernel where there are no parts of a block; the bits are the same."""
         whole = matrix.is_contiguous() and all(size % BLOCK == 0 for size in matrix.shape)
-        return quantise_tiles(matrix, kind=PLAIN) if _OWN_TILES and whole else self._quantize(matrix, 1, True)
+        return quantise_tiles(matrix, kind=PLAIN) if whole else self._quantize(matrix, 1, True)
 
     def _quantize(self, matrix: Tensor, dimensions: int, columns: bool) -> Quantized:
         q = tex.quantize(matrix, self._quantizers[dimensions, columns])
