@@ -2,7 +2,7 @@
 # Runs the tests that need one GPU, in eight processes (TEST_PROCESSES), because most of the time goes into compiling kernels:
 # 188 s in fourteen on two H200 with 32 cores.
 # Usage: bash launch/test_gpu.sh [argument of pytest ...]      PYTHON=python3 uses an environment that is there already
-# Tests of two ranks use NCCL where there are two GPUs, and gloo where the ranks share one.
+# Tests of two ranks use NCCL where there are two GPUs; ranks that share one are replicas over gloo, all else is refused.
 # A kernel library that is not installed skips its tests, by name: pip install --no-build-isolation -e '.[gpu]'
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

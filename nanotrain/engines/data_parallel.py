@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanotrain.config.engine import EngineConfig, EngineKind
+from nanotrain.config.engine import Device, EngineConfig, EngineKind
 from nanotrain.config.errors import UserError
 from nanotrain.config.parallel import DataParallel
 from nanotrain.losses.base import LossOutput
@@ -12,11 +12,23 @@ from nanotrain.runtime.distributed import World
 
 
 def require_ranks(config: EngineConfig, world: World) -> None:
-    """Raise UserError where one process would ignore how several are to share the work."""
+    """Raise UserError where one process would ignore how several are to share the work, or ranks cannot share a GPU."""
     if world.size == 1 and config.kind is EngineKind.torch and config.data_parallel is not DataParallel.auto:
         raise UserError(
             f"`engine.data_parallel` ({config.data_parallel.value}) needs several ranks, and this is one process; start"
             " them with launch/torchrun.sh or torchrun, or set it to auto."
+        )
+    gpus = torch.cuda.device_count()
+    if config.device is Device.cpu or not 0 < gpus < world.local_size:
+        return
+    divided = config.kind is EngineKind.torch and config.data_parallel is DataParallel.fsdp2
+    if (
+        divided or config.kind is not EngineKind.torch
+    ):  # gloo's gathers of tensors on a GPU end the process (torch 2.11)
+        key = "`engine.data_parallel` (fsdp2)" if divided else f"`engine.kind` ({config.kind.value})"
+        raise UserError(
+            f"{key} needs a GPU for each rank, and {world.local_size} ranks of this machine share {gpus}; start as many"
+            " ranks as GPUs, or use engine=torch with data_parallel=ddp."
         )
 
 

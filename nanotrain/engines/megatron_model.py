@@ -87,8 +87,7 @@ def transformer_config(
         sequence_parallel=megatron.sequence_parallel,
         pipeline_model_parallel_size=megatron.pipeline_parallel,
         context_parallel_size=megatron.context_parallel,
-        # Ranks that share a GPU talk over gloo, which sends no CUDA tensor from one rank to another.
-        cp_comm_type="a2a" if on_gpu and dist.get_backend() == "gloo" else "p2p",
+        cp_comm_type="p2p",
         mamba_training_ssm_states_dtype=torch.float32 if MAMBA_HAS_STATE_DTYPE else None,
         **_recompute(megatron.recompute),
         **_fp8(engine, training),

@@ -13,14 +13,16 @@ import pytest
 import torch
 
 from nanotrain.checkpoint.hf_folder import load_state_dict, save_model
-from nanotrain.config.engine import ActivationCheckpointingConfig, EngineConfig, Precision
+from nanotrain.config.engine import ActivationCheckpointingConfig, Device, EngineConfig, EngineKind, Precision
 from nanotrain.config.errors import UserError
 from nanotrain.config.parallel import DataParallel, Fsdp2Config
 from nanotrain.config.training import ParameterDtype, StateDtype
 from nanotrain.engines import build_engine, precision
+from nanotrain.engines.data_parallel import require_ranks
 from nanotrain.losses.language_modeling import CrossEntropy
 from nanotrain.model.hybrid import HybridModel, build_meta_model
 from nanotrain.ops.fp8 import EmulatedProducts, Quantized
+from nanotrain.runtime.distributed import World
 from tests.conftest import TINY, random_batch
 from tests.engines.parallel_runs import BF16, CLIP, FP32, Numbers, Report, build, close, here, run_kind, train, training
 from tests.ranks import run_ranks
@@ -275,3 +277,25 @@ def test_four_ranks_resume_bit_for_bit_and_equal_one_process(tmp_path):
 def test_one_process_refuses_what_it_would_ignore(kind):
     with pytest.raises(UserError, match=rf"engine\.data_parallel` \({kind.value}\) needs several ranks"):
         build_engine(replace(FP32, data_parallel=kind), HybridModel(TINY), training())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        EngineConfig(data_parallel=DataParallel.fsdp2),
+        EngineConfig(kind=EngineKind.megatron),
+        EngineConfig(kind=EngineKind.deepspeed),
+    ],
+)
+def test_ranks_that_share_a_gpu_are_refused_where_their_gathers_would_crash(config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    world = World(rank=0, size=2, local_rank=0, local_size=2)
+    with pytest.raises(
+        UserError, match=r"needs a GPU for each rank, and 2 ranks of this machine share 1; start as many"
+    ):
+        require_ranks(config, world)
+    require_ranks(replace(config, kind=EngineKind.torch, data_parallel=DataParallel.ddp), world)
+    require_ranks(replace(config, device=Device.cpu), world)
+    for gpus in (0, 2):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        require_ranks(config, world)
