@@ -4,13 +4,30 @@ A program walks the chunks of its head with the state in registers, so what a ch
 (mamba-ssm does that in fp32, in two kernels).
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-_PART = 64
-"""Columns of the state in a program: two programs a head at the published 128, both on one processor (99 KB each)."""
+
+class Launch(NamedTuple):
+    """How the work is cut: columns of the state in a program, positions of a chunk in a step, warps and stages of loads.
+
+    With `copied` Hopper's copy engine moves tiles (TMA); otherwise a step is a whole chunk, and threads move them.
+    """
+
+    part: int
+    rows: int
+    warps: int
+    stages: int
+    copied: bool
+
+
+LAUNCH = Launch(part=64, rows=128, warps=4, stages=2, copied=False)
+"""Two programs a head at the published 128, both on one processor (99 KB each)."""
 
 
 @triton.jit
@@ -66,25 +83,127 @@ def _walk(
         state = tl.dot(values, weighted, state * kept)
 
 
+@triton.jit
+def _border(
+    decay_ptr, segment_ptr, row, batch, step, length, num_chunks,
+    L: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """Return the decay of the chunk of a step, and the documents of its last position and of the one before the chunk."""
+    chunk = tl.minimum(step // (L // ROWS), num_chunks - 1)
+    if BACKWARD:
+        chunk = num_chunks - 1 - chunk
+    whole = tl.load(decay_ptr + (row + chunk) * L + L - 1)  # behind the end of the row nothing decays
+    last, before = 0, 0
+    if PACKED:
+        ids = segment_ptr + batch.to(tl.int64) * length
+        last = tl.load(ids + tl.minimum(chunk * L + L, length) - 1)
+        before = tl.load(ids + chunk * L - 1, mask=chunk > 0, other=-2)
+    return whole, last, before
+
+
+@triton.jit
+def _walk_copied(
+    values, columns, out, entering_ptr, dt_ptr, decay_ptr, segment_ptr, chunk_decay_ptr, length, num_chunks,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, PADDED: tl.constexpr, N: tl.constexpr,
+    PART: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """As `_walk`, with tiles of some rows of a chunk that the copy engine brings and takes away.
+
+    values: descriptor of [B, H, S, P] with blocks [1, 1, ROWS, PADDED]; columns: of [B, G, S, N], [1, 1, ROWS, PART];
+    out: of [B c H, P, N], [1, PADDED, PART]. What is outside of them is read as zero and not written.
+    """
+    head, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    group = head // (HEADS // GROUPS)
+    p, n, r = tl.arange(0, PADDED), part * PART + tl.arange(0, PART), tl.arange(0, ROWS)
+    row = (batch * HEADS + head).to(tl.int64) * num_chunks
+    at, inside = p[:, None] * N + n[None, :], (p < P)[:, None]
+    state = tl.zeros((PADDED, PART), dtype=tl.float32)
+    if BACKWARD:  # in registers a chunk ahead, like the border
+        entering_ptr += ((batch * num_chunks + num_chunks - 1).to(tl.int64) * HEADS + head) * (P * N)
+        entering = tl.load(entering_ptr + at, mask=inside, other=0.0)
+    whole, last, before = _border(decay_ptr, segment_ptr, row, batch, 0, length, num_chunks, L, ROWS, PACKED, BACKWARD)
+    for step in range(num_chunks * (L // ROWS)):
+        chunk = num_chunks - 1 - step // (L // ROWS) if BACKWARD else step // (L // ROWS)
+        first = step % (L // ROWS) * ROWS
+        decay = tl.load(decay_ptr + (row + chunk) * L + first + r)
+        if BACKWARD:
+            weight = tl.exp(decay)
+        else:
+            dt = tl.load(dt_ptr + (row + chunk) * L + first + r)
+            weight = tl.exp(tl.minimum(whole - decay, 0.0)) * dt
+        start = chunk * L + first
+        kept = tl.exp(whole)
+        if PACKED:
+            own = tl.load(segment_ptr + batch.to(tl.int64) * length + start + r, mask=start + r < length, other=-1)
+            weight = tl.where(own == (before if BACKWARD else last), weight, 0.0)
+            kept = tl.where(before == last, kept, 0.0)
+        if first == 0:
+            here = (batch * num_chunks + chunk) * HEADS + head
+            out.store([here, 0, part * PART], state.to(out.dtype).reshape(1, PADDED, PART))
+            if BACKWARD:
+                product = tl.sum(entering.to(tl.float32) * state)
+                tl.store(chunk_decay_ptr + (row + chunk) * (N // PART) + part, product * kept)
+                entering_ptr -= HEADS * P * N
+                entering = tl.load(entering_ptr + at, mask=inside & (chunk > 0), other=0.0)
+            state *= kept
+        whole, last, before = _border(
+            decay_ptr, segment_ptr, row, batch, step + 1, length, num_chunks, L, ROWS, PACKED, BACKWARD
+        )
+        x = values.load([batch, head, start, 0]).reshape(ROWS, PADDED)
+        c = columns.load([batch, group, start, part * PART]).reshape(ROWS, PART)
+        weighted = (c.to(tl.float32) * weight[:, None]).to(x.dtype)
+        state = tl.dot(x.trans(1, 0), weighted, state)
+
+
+def _descriptor(values: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Return the descriptor of values [B, S, H, P] for tiles of some positions of one head."""
+    values = values.transpose(1, 2)
+    return TensorDescriptor(values, list(values.shape), list(values.stride()), [1, 1, rows, columns])
+
+
 def _launch(
-    values: Tensor, columns: Tensor, dt: Tensor, decay: Tensor, index: Tensor | None, entering: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    values: Tensor, columns: Tensor, dt: Tensor, decay: Tensor, index: Tensor | None, entering: Tensor | None,
+    launch: Launch | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    launch = launch or LAUNCH
     batch, length, heads, head_dim = values.shape
     chunks, chunk = decay.shape[2:]
     size = columns.shape[3]
-    part = min(_PART, size)
+    part, rows = min(launch.part, size), min(launch.rows, chunk)
+    padded = max(triton.next_power_of_2(head_dim), 16)
     out = torch.empty(batch, chunks, heads, head_dim, size, dtype=values.dtype, device=values.device)
     by_decay = torch.empty(batch, heads, chunks, size // part, dtype=torch.float32, device=values.device)
-    _walk[(heads, size // part, batch)](
-        values, columns, dt, decay, decay if index is None else index, out if entering is None else entering, out, by_decay,
-        length, chunks, values.stride(0), values.stride(1), columns.stride(0), columns.stride(1),
-        HEADS=heads, GROUPS=columns.shape[2], P=head_dim, PADDED=max(triton.next_power_of_2(head_dim), 16), N=size,
-        PART=part, L=chunk, PACKED=index is not None, BACKWARD=entering is not None, num_warps=4, num_stages=2,
+    sizes = {
+        "HEADS": heads,
+        "GROUPS": columns.shape[2],
+        "P": head_dim,
+        "PADDED": padded,
+        "N": size,
+        "PART": part,
+        "L": chunk,
+    }
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    grid, packed, backward = (heads, size // part, batch), index is not None, entering is not None
+    index, entering = decay if index is None else index, out if entering is None else entering
+    if launch.copied:
+        flat = out.view(batch * chunks * heads, head_dim, size)
+        _walk_copied[grid](
+            _descriptor(values, rows, padded), _descriptor(columns, rows, part),
+            TensorDescriptor.from_tensor(flat, [1, padded, part]), entering, dt, decay, index, by_decay, length, chunks,
+            **sizes, ROWS=rows, PACKED=packed, BACKWARD=backward, **options,
+        )  # fmt: skip
+        return out, by_decay
+    _walk[grid](
+        values, columns, dt, decay, index, entering, out, by_decay, length, chunks,
+        values.stride(0), values.stride(1), columns.stride(0), columns.stride(1),
+        **sizes, PACKED=packed, BACKWARD=backward, **options,
     )  # fmt: skip
     return out, by_decay
 
 
-def states_before_chunks(x: Tensor, dt: Tensor, decay: Tensor, B: Tensor, index: Tensor | None) -> Tensor:
+def states_before_chunks(
+    x: Tensor, dt: Tensor, decay: Tensor, B: Tensor, index: Tensor | None, launch: Launch | None = None
+) -> Tensor:
     """Return the state that enters each chunk, [B, c, H, P, N] in x's dtype; that of the first is zero.
 
     Args:
@@ -93,12 +212,13 @@ def states_before_chunks(x: Tensor, dt: Tensor, decay: Tensor, B: Tensor, index:
         decay: [B, H, c, L] fp32, running sums of dt A within a chunk.
         B: [B, S, G, N]; groups and values contiguous, N a power of two.
         index: [B, S] int32, the number of each position's document within its row.
+        launch: instead of the usual one.
     """
-    return _launch(x, B, dt, decay, index, None)[0]
+    return _launch(x, B, dt, decay, index, None, launch)[0]
 
 
 def gradients_of_states(
-    grad: Tensor, decay: Tensor, C: Tensor, states: Tensor, index: Tensor | None
+    grad: Tensor, decay: Tensor, C: Tensor, states: Tensor, index: Tensor | None, launch: Launch | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the states that leave chunks and of each chunk's decay, through all later chunks.
 
@@ -108,9 +228,10 @@ def gradients_of_states(
         C: [B, S, G, N]; groups and values contiguous, N a power of two.
         states: [B, c, H, P, N], of `states_before_chunks`.
         index: as there.
+        launch: as there.
 
     Returns:
         [B, c, H, P, N] in grad's dtype, zero for the last chunk, and [B, H, c] fp32.
     """
-    gradients, by_decay = _launch(grad, C, decay, decay, index, states)
+    gradients, by_decay = _launch(grad, C, decay, decay, index, states, launch)
     return gradients, by_decay.sum(3)
