@@ -52,7 +52,7 @@ from nanotrain.ops.gpu import ssd_pairs_triton
 from nanotrain.ops.gpu.ssd_decays_triton import gradients_of_decays
 from nanotrain.ops.segments import segment_indices
 from tests.ops.comparison import random_segments, relative_error
-ssd_pairs_triton._TILE = 16
+launches = [ssd_pairs_triton.Launch(tile=16, warps=4, stages=2, registers=None, copied=copied) for copied in (False, True)]
 batch, length, groups, heads, width, chunk, chunks = 2, 75, 2, 6, 24, 32, 3
 x, grad = randn(batch, length, heads, width), randn(batch, length, heads, width)
 dt, rates = torch.rand(batch, heads, chunks * chunk, generator=generator), -torch.rand(heads, 1, generator=generator)
@@ -77,13 +77,14 @@ for ids in (None, random_segments(batch, length, 9, generator)):
                 want_decay[b, :, c, i] += weighted * (t > s)
                 want_decay[b, :, c, j] -= weighted * (t > s)
                 want_dt[b, :, c, j] += weighted / dt[b, :, c, j]
-    got = ssd_pairs_triton.pair_gradients(x, grad, dt, decay, scores, None if ids is None else index)
     none = torch.zeros(batch, heads, chunks, 1, chunk)
-    grad_dA, grad_dt = gradients_of_decays(dt, got.parts, none, none, none[..., 0, 0].contiguous())
     own = torch.nn.functional.pad((x * grad).sum(-1).mT, (0, chunks * chunk - length)).view_as(dt)
-    assert relative_error(got.scores, want_scores) < 1e-5 and relative_error(got.own, own) < 1e-5
-    assert relative_error(grad_dA, want_decay.flip(-1).cumsum(-1).flip(-1)) < 1e-5
-    assert relative_error(grad_dt, want_dt) < 1e-5
+    for launch in launches:
+        got = ssd_pairs_triton.pair_gradients(x, grad, dt, decay, scores, None if ids is None else index, launch)
+        grad_dA, grad_dt = gradients_of_decays(dt, got.parts, none, none, none[..., 0, 0].contiguous())
+        assert relative_error(got.scores, want_scores) < 1e-5 and relative_error(got.own, own) < 1e-5
+        assert relative_error(grad_dA, want_decay.flip(-1).cumsum(-1).flip(-1)) < 1e-5
+        assert relative_error(grad_dt, want_dt) < 1e-5
 """,
     "states": """
 from nanotrain.ops.gpu import ssd_states_triton
@@ -189,13 +190,13 @@ def check(batch, length, groups, heads, width, size, chunk, documents):
 
 places = torch.arange(300)
 documents = torch.stack([(places >= 10).int() + (places >= 70).int(), (places >= 31).int() + (places >= 32).int() + (places >= 40).int()])
-ssd_pairs_triton._TILE = 16
+ssd_pairs_triton.LAUNCH = ssd_pairs_triton.LAUNCH._replace(tile=16)
 check(2, 75, 2, 6, 8, 16, 32, documents)
 ssd_scan_triton.SMALL_LAUNCH = ssd_scan_triton.Launch(rows=16, heads=4, warps=4, stages=1)
 ssd_columns_triton.SMALL_LAUNCH = ssd_columns_triton.Launch(rows=16, columns=16, warps=4, stages=1)
 check(2, 75, 2, 8, 24, 32, 32, documents)
 ssd_scan_triton.SMALL_LAUNCH, ssd_columns_triton.SMALL_LAUNCH = ssd_scan_triton.LAUNCH, ssd_columns_triton.LAUNCH
-ssd_pairs_triton._TILE = 64
+ssd_pairs_triton.LAUNCH = ssd_pairs_triton.LAUNCH._replace(tile=64)
 check(1, 230, 1, 2, 80, 128, 128, documents)
 """,
     "mamba core": """

@@ -155,8 +155,8 @@ def _walk_copied(
         state = tl.dot(x.trans(1, 0), weighted, state)
 
 
-def _descriptor(values: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Return the descriptor of values [B, S, H, P] for tiles of some positions of one head."""
+def head_tiles(values: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Return the descriptor of values [B, S, H, P] as [B, H, S, P] for tiles of some positions of one head."""
     values = values.transpose(1, 2)
     return TensorDescriptor(values, list(values.shape), list(values.stride()), [1, 1, rows, columns])
 
@@ -188,7 +188,7 @@ def _launch(
     if launch.copied:
         flat = out.view(batch * chunks * heads, head_dim, size)
         _walk_copied[grid](
-            _descriptor(values, rows, padded), _descriptor(columns, rows, part),
+            head_tiles(values, rows, padded), head_tiles(columns, rows, part),
             TensorDescriptor.from_tensor(flat, [1, padded, part]), entering, dt, decay, index, by_decay, length, chunks,
             **sizes, ROWS=rows, PACKED=packed, BACKWARD=backward, **options,
         )  # fmt: skip
