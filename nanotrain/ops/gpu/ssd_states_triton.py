@@ -30,6 +30,9 @@ LAUNCH = Launch(part=64, rows=128, warps=4, stages=2, copied=False)
 """Two programs a head at the published 128, both on one processor (99 KB each)."""
 
 
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
 @triton.jit
 def _walk(
     values_ptr, columns_ptr, dt_ptr, decay_ptr, segment_ptr, entering_ptr, out_ptr, chunk_decay_ptr,
@@ -88,11 +91,11 @@ def _border(
     decay_ptr, segment_ptr, row, batch, step, length, num_chunks,
     L: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Return the decay of the chunk of a step, and the documents of its last position and of the one before the chunk."""
+    """Return the decay of the chunk of a step as a power of 2, and the documents of its last position and of the one before the chunk."""
     chunk = tl.minimum(step // (L // ROWS), num_chunks - 1)
     if BACKWARD:
         chunk = num_chunks - 1 - chunk
-    whole = tl.load(decay_ptr + (row + chunk) * L + L - 1)  # behind the end of the row nothing decays
+    whole = tl.load(decay_ptr + (row + chunk) * L + L - 1) * _LOG2_E  # behind the end of the row nothing decays
     last, before = 0, 0
     if PACKED:
         ids = segment_ptr + batch.to(tl.int64) * length
@@ -125,14 +128,14 @@ def _walk_copied(
     for step in range(num_chunks * (L // ROWS)):
         chunk = num_chunks - 1 - step // (L // ROWS) if BACKWARD else step // (L // ROWS)
         first = step % (L // ROWS) * ROWS
-        decay = tl.load(decay_ptr + (row + chunk) * L + first + r)
+        decay = tl.load(decay_ptr + (row + chunk) * L + first + r) * _LOG2_E
         if BACKWARD:
-            weight = tl.exp(decay)
+            weight = tl.exp2(decay)
         else:
             dt = tl.load(dt_ptr + (row + chunk) * L + first + r)
-            weight = tl.exp(tl.minimum(whole - decay, 0.0)) * dt
+            weight = tl.exp2(tl.minimum(whole - decay, 0.0)) * dt
         start = chunk * L + first
-        kept = tl.exp(whole)
+        kept = tl.exp2(whole)
         if PACKED:
             own = tl.load(segment_ptr + batch.to(tl.int64) * length + start + r, mask=start + r < length, other=-1)
             weight = tl.where(own == (before if BACKWARD else last), weight, 0.0)
