@@ -79,7 +79,7 @@ for ids in (None, random_segments(batch, length, 9, generator)):
                 want_dt[b, :, c, j] += weighted / dt[b, :, c, j]
     none = torch.zeros(batch, heads, chunks, 1, chunk)
     own = torch.nn.functional.pad((x * grad).sum(-1).mT, (0, chunks * chunk - length)).view_as(dt)
-    for launch in launches:
+    for launch, ssd_pairs_triton._BLOCK in zip(launches, (2, 16)):  # of three heads a group
         got = ssd_pairs_triton.pair_gradients(x, grad, dt, decay, scores, None if ids is None else index, launch)
         grad_dA, grad_dt = gradients_of_decays(dt, got.parts, none, none, none[..., 0, 0].contiguous())
         assert relative_error(got.scores, want_scores) < 1e-5 and relative_error(got.own, own) < 1e-5

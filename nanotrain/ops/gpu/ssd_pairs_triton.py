@@ -27,6 +27,8 @@ class Launch(NamedTuple):
 
 
 LAUNCH = Launch(tile=64, warps=4, stages=3, registers=None, copied=False)
+_BLOCK = 16
+"""Heads whose sums a program keeps in registers at most."""
 
 
 class PairGradients(NamedTuple):
@@ -52,47 +54,66 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 def _heads(
     x_ptr, grad_ptr, dt_ptr, decay_ptr, parts_ptr, own_ptr, scores, i, j, i_inside, j_inside, later, earlier,
     batch, first, start, row_at, num_chunks, stride_x, stride_grad,
-    HEADS: tl.constexpr, P: tl.constexpr, PADDED: tl.constexpr, L: tl.constexpr, TILE: tl.constexpr,
-    TILES: tl.constexpr, STAGES: tl.constexpr, COPIED: tl.constexpr, DIAGONAL: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, PADDED: tl.constexpr, L: tl.constexpr,
+    TILE: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr, COPIED: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
-    """Walk the heads of a group, whose first is given; return the sum of the gradients by a tile of scores."""
+    """Walk the heads of a group, whose first is given; return the sum of the gradients by a tile of scores.
+
+    The sums of a block of heads stay in registers, those over rows for each 16 of them: so that within a block no warp
+    waits for another's sums.
+    """
     total = tl.zeros((TILE, TILE), dtype=tl.float32)
-    p = tl.arange(0, PADDED)
+    p, number = tl.arange(0, PADDED), tl.arange(0, BLOCK)
     if DIAGONAL:
         own_scores = tl.sum(tl.where(i[:, None] == j[None, :], scores, 0.0), axis=1)
         scores = tl.where(i[:, None] > j[None, :], scores, 0.0)
-    for head in tl.range(HEADS, num_stages=STAGES):  # so that decays and dt are loaded ahead too
-        if COPIED:  # the pointers are descriptors
-            grad = grad_ptr.load([batch, first + head, start + later * TILE, 0]).reshape(TILE, PADDED)
-            x = x_ptr.load([batch, first + head, start + earlier * TILE, 0]).reshape(TILE, PADDED).trans(1, 0)
-        else:
-            grad = tl.load(
-                grad_ptr + i[:, None] * stride_grad + p[None, :], mask=i_inside[:, None] & (p[None, :] < P), other=0.0
-            )
-            x = tl.load(
-                x_ptr + j[None, :] * stride_x + p[:, None], mask=j_inside[None, :] & (p[:, None] < P), other=0.0
-            )
-            x_ptr += P
-            grad_ptr += P
-        decay_i, decay_j = tl.load(decay_ptr + row_at + i) * _LOG2_E, tl.load(decay_ptr + row_at + j) * _LOG2_E
-        dt = tl.load(dt_ptr + row_at + j)
-        product = tl.dot(grad, x)
-        parts = parts_ptr + row_at * (2 * TILES + 1)
+    for block in range(0, HEADS, BLOCK):
+        over_j, own = tl.zeros((TILE, BLOCK), dtype=tl.float32), tl.zeros((TILE, BLOCK), dtype=tl.float32)
+        over_i = tl.zeros((TILE // 16, BLOCK, TILE), dtype=tl.float32)
+        heads = tl.minimum(HEADS - block, BLOCK)
+        for head in tl.range(heads, num_stages=STAGES):  # so that decays and dt are loaded ahead too
+            if COPIED:  # the pointers are descriptors
+                at = first + block + head
+                grad = grad_ptr.load([batch, at, start + later * TILE, 0]).reshape(TILE, PADDED)
+                x = x_ptr.load([batch, at, start + earlier * TILE, 0]).reshape(TILE, PADDED).trans(1, 0)
+            else:
+                inside = p < P
+                grad = tl.load(
+                    grad_ptr + i[:, None] * stride_grad + p[None, :],
+                    mask=i_inside[:, None] & inside[None, :],
+                    other=0.0,
+                )
+                x = tl.load(
+                    x_ptr + j[None, :] * stride_x + p[:, None], mask=j_inside[None, :] & inside[:, None], other=0.0
+                )
+                x_ptr += P
+                grad_ptr += P
+            row = row_at + (block + head) * num_chunks * L
+            decay_i, decay_j = tl.load(decay_ptr + row + i) * _LOG2_E, tl.load(decay_ptr + row + j) * _LOG2_E
+            dt = tl.load(dt_ptr + row + j)
+            product = tl.dot(grad, x)
+            if DIAGONAL:
+                of_own = tl.sum(tl.where(i[:, None] == j[None, :], product, 0.0), axis=1)
+                own = tl.where(number[None, :] == head, of_own[:, None], own)
+                product *= tl.exp2(tl.minimum(decay_i[:, None] - decay_j[None, :], 0.0))
+            else:  # two factors of at most 1, with the last position of the earlier tile between them
+                between = tl.load(decay_ptr + row + earlier * TILE + TILE - 1) * _LOG2_E
+                product *= tl.exp2(tl.minimum(decay_i - between, 0.0))[:, None]
+                product *= tl.exp2(tl.minimum(between - decay_j, 0.0))[None, :]
+            scored = product * scores
+            of_i = tl.sum(scored.reshape(TILE // 16, 16, TILE), axis=1)
+            over_i = tl.where(number[None, :, None] == head, of_i[:, None, :], over_i)
+            of_j = tl.sum(scored * dt[None, :], axis=1)
+            over_j = tl.where(number[None, :] == head, of_j[:, None], over_j)
+            total += product * dt[None, :]
+        rows = row_at + (block + number.to(tl.int64)) * num_chunks * L
+        inside, parts = number < heads, parts_ptr + rows * (2 * TILES + 1)
+        tl.store(parts[None, :] + earlier * L + i[:, None], over_j, mask=inside[None, :])
+        over_i = tl.sum(over_i, axis=0)
+        tl.store(parts[:, None] + (TILES + later) * L + j[None, :], over_i, mask=inside[:, None])
         if DIAGONAL:
-            own = tl.sum(tl.where(i[:, None] == j[None, :], product, 0.0), axis=1)
-            tl.store(own_ptr + row_at + i, own)
-            tl.store(parts + 2 * TILES * L + i, own * own_scores)
-            product *= tl.exp2(tl.minimum(decay_i[:, None] - decay_j[None, :], 0.0))
-            after_j = 1.0
-        else:  # two factors of at most 1, with the last position of the earlier tile between them
-            between = tl.load(decay_ptr + row_at + earlier * TILE + TILE - 1) * _LOG2_E
-            product *= tl.exp2(tl.minimum(decay_i - between, 0.0))[:, None]
-            after_j = tl.exp2(tl.minimum(between - decay_j, 0.0))
-        scored, dt = product * scores, dt * after_j
-        tl.store(parts + (TILES + later) * L + j, tl.sum(scored, axis=0) * after_j)
-        tl.store(parts + earlier * L + i, tl.sum(scored * dt[None, :], axis=1))
-        total += product * dt[None, :]
-        row_at += num_chunks * L
+            tl.store(own_ptr + rows[None, :] + i[:, None], own, mask=inside[None, :])
+            tl.store(parts[None, :] + 2 * TILES * L + i[:, None], own * own_scores[:, None], mask=inside[None, :])
     return total
 
 
@@ -100,7 +121,7 @@ def _heads(
 def _pairs(
     x_ptr, grad_ptr, dt_ptr, decay_ptr, scores_ptr, segment_ptr, grad_scores_ptr, parts_ptr, own_ptr,
     length, num_chunks, stride_x_batch, stride_x, stride_grad_batch, stride_grad,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, PADDED: tl.constexpr, L: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, PADDED: tl.constexpr, L: tl.constexpr,
     TILE: tl.constexpr, TILES: tl.constexpr, PACKED: tl.constexpr, STAGES: tl.constexpr, COPIED: tl.constexpr,
 ):  # fmt: skip
     pair, batch_chunk, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -122,13 +143,13 @@ def _pairs(
         total = _heads(
             x_ptr, grad_ptr, dt_ptr, decay_ptr, parts_ptr, own_ptr, scores, i, j, i_inside, j_inside, later, earlier,
             batch, first, start, row_at, num_chunks, stride_x, stride_grad,
-            HEADS, P, PADDED, L, TILE, TILES, STAGES, COPIED, True,
+            HEADS, BLOCK, P, PADDED, L, TILE, TILES, STAGES, COPIED, True,
         )  # fmt: skip
     else:
         total = _heads(
             x_ptr, grad_ptr, dt_ptr, decay_ptr, parts_ptr, own_ptr, scores, i, j, i_inside, j_inside, later, earlier,
             batch, first, start, row_at, num_chunks, stride_x, stride_grad,
-            HEADS, P, PADDED, L, TILE, TILES, STAGES, COPIED, False,
+            HEADS, BLOCK, P, PADDED, L, TILE, TILES, STAGES, COPIED, False,
         )  # fmt: skip
     seen = i[:, None] >= j[None, :]
     if PACKED:
@@ -169,7 +190,7 @@ def pair_gradients(
     _pairs[(tiles * (tiles + 1) // 2, batch * num_chunks, groups)](
         *values, dt, decay, scores, scores if segment_index is None else segment_index, grad_scores, parts, own,
         x.shape[1], num_chunks, x.stride(0), x.stride(1), grad.stride(0), grad.stride(1),
-        HEADS=num_heads // groups, GROUPS=groups, P=head_dim, PADDED=padded, L=chunk,
+        HEADS=num_heads // groups, BLOCK=min(triton.next_power_of_2(num_heads // groups), _BLOCK), GROUPS=groups, P=head_dim, PADDED=padded, L=chunk,
         TILE=tile, TILES=tiles, PACKED=segment_index is not None, STAGES=launch.stages,
         COPIED=launch.copied, num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
     )  # fmt: skip
