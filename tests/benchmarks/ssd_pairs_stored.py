@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanotrain.ops.gpu.ssd_states_triton import head_tiles
+from nanotrain.ops.gpu.head_tiles import head_tiles
 
 
 class Launch(NamedTuple):

@@ -88,6 +88,7 @@ for ids in (None, random_segments(batch, length, 9, generator)):
 """,
     "states": """
 from nanotrain.ops.gpu import ssd_states_triton
+from nanotrain.ops.gpu.head_tiles import can_be_copied
 from nanotrain.ops.segments import segment_indices
 from tests.ops.comparison import relative_error
 launches = [ssd_states_triton.Launch(part=16, rows=rows, warps=4, stages=2, copied=copied)
@@ -99,6 +100,10 @@ dt, rates = torch.rand(batch, heads, chunks * chunk, generator=generator), -torc
 dt[..., length:] = 0.0
 decay = (dt * rates).unflatten(-1, (chunks, chunk)).cumsum(-1)
 dt = dt.unflatten(-1, (chunks, chunk))
+halves = torch.zeros(1, 3, 8 * 80 + 8, dtype=torch.bfloat16)
+assert can_be_copied(128, halves[..., 8:].view(1, 3, 8, 80)) and not can_be_copied(32, halves[..., 8:].view(1, 3, 8, 80))
+for other in (halves.float()[..., 8:].view(1, 3, 8, 80), halves[..., 4:-4].view(1, 3, 8, 80), halves[..., 8:].view(1, 3, 20, 32)):
+    assert not can_be_copied(128, other)
 places = torch.arange(length)
 documents = torch.stack([(places >= 10).int() + (places >= 70).int(), (places >= 31).int() + (places >= 40).int()])
 for ids in (None, documents):  # the first row has one over the second chunk, the second row a border at a chunk's end

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanotrain.ops.gpu.ssd_states_triton import head_tiles
+from nanotrain.ops.gpu.head_tiles import can_be_copied, head_tiles
 
 
 class Launch(NamedTuple):
@@ -27,6 +27,8 @@ class Launch(NamedTuple):
 
 
 LAUNCH = Launch(tile=64, warps=4, stages=3, registers=None, copied=False)
+COPIED_LAUNCH = LAUNCH._replace(copied=True)
+"""Where the copy engine can be used."""
 _BLOCK = 16
 """Heads whose sums a program keeps in registers at most."""
 
@@ -51,6 +53,23 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _factors(
+    x_ptr, grad_ptr, i, j, i_inside, j_inside, later, earlier, batch, head, start, stride_x, stride_grad,
+    P: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, COPIED: tl.constexpr,
+):  # fmt: skip
+    """Return a head's gradients of the later positions, [TILE, PADDED], and its x of the earlier ones, [PADDED, TILE]."""
+    if COPIED:  # the pointers are descriptors
+        grad = grad_ptr.load([batch, head, start + later * TILE, 0]).reshape(TILE, PADDED)
+        x = x_ptr.load([batch, head, start + earlier * TILE, 0]).reshape(TILE, PADDED).trans(1, 0)
+    else:
+        p = tl.arange(0, PADDED)
+        grad_at, x_at = i[:, None] * stride_grad + p[None, :], j[None, :] * stride_x + p[:, None]
+        grad = tl.load(grad_ptr + head * P + grad_at, mask=i_inside[:, None] & (p < P)[None, :], other=0.0)
+        x = tl.load(x_ptr + head * P + x_at, mask=j_inside[None, :] & (p < P)[:, None], other=0.0)
+    return grad, x
+
+
+@triton.jit
 def _heads(
     x_ptr, grad_ptr, dt_ptr, decay_ptr, parts_ptr, own_ptr, scores, i, j, i_inside, j_inside, later, earlier,
     batch, first, start, row_at, num_chunks, stride_x, stride_grad,
@@ -63,7 +82,7 @@ def _heads(
     waits for another's sums.
     """
     total = tl.zeros((TILE, TILE), dtype=tl.float32)
-    p, number = tl.arange(0, PADDED), tl.arange(0, BLOCK)
+    number = tl.arange(0, BLOCK)
     if DIAGONAL:
         own_scores = tl.sum(tl.where(i[:, None] == j[None, :], scores, 0.0), axis=1)
         scores = tl.where(i[:, None] > j[None, :], scores, 0.0)
@@ -72,22 +91,10 @@ def _heads(
         over_i = tl.zeros((TILE // 16, BLOCK, TILE), dtype=tl.float32)
         heads = tl.minimum(HEADS - block, BLOCK)
         for head in tl.range(heads, num_stages=STAGES):  # so that decays and dt are loaded ahead too
-            if COPIED:  # the pointers are descriptors
-                at = first + block + head
-                grad = grad_ptr.load([batch, at, start + later * TILE, 0]).reshape(TILE, PADDED)
-                x = x_ptr.load([batch, at, start + earlier * TILE, 0]).reshape(TILE, PADDED).trans(1, 0)
-            else:
-                inside = p < P
-                grad = tl.load(
-                    grad_ptr + i[:, None] * stride_grad + p[None, :],
-                    mask=i_inside[:, None] & inside[None, :],
-                    other=0.0,
-                )
-                x = tl.load(
-                    x_ptr + j[None, :] * stride_x + p[:, None], mask=j_inside[None, :] & inside[:, None], other=0.0
-                )
-                x_ptr += P
-                grad_ptr += P
+            grad, x = _factors(
+                x_ptr, grad_ptr, i, j, i_inside, j_inside, later, earlier, batch, first + block + head, start,
+                stride_x, stride_grad, P, PADDED, TILE, COPIED,
+            )  # fmt: skip
             row = row_at + (block + head) * num_chunks * L
             decay_i, decay_j = tl.load(decay_ptr + row + i) * _LOG2_E, tl.load(decay_ptr + row + j) * _LOG2_E
             dt = tl.load(dt_ptr + row + j)
@@ -136,8 +143,8 @@ def _pairs(
     matrix = (batch_chunk.to(tl.int64) * GROUPS + group) * L * L
     scores = tl.load(scores_ptr + matrix + i[:, None] * L + j[None, :])  # 0 across documents
     if not COPIED:
-        x_ptr += batch.to(tl.int64) * stride_x_batch + start.to(tl.int64) * stride_x + first * P
-        grad_ptr += batch.to(tl.int64) * stride_grad_batch + start.to(tl.int64) * stride_grad + first * P
+        x_ptr += batch.to(tl.int64) * stride_x_batch + start.to(tl.int64) * stride_x
+        grad_ptr += batch.to(tl.int64) * stride_grad_batch + start.to(tl.int64) * stride_grad
     row_at = ((batch * GROUPS + group).to(tl.int64) * HEADS * num_chunks + chunk) * L
     if later == earlier:
         total = _heads(
@@ -175,10 +182,10 @@ def pair_gradients(
         decay: [B, H, c, L] fp32, running sums of dt A within a chunk.
         scores: [B, c, G, L, L] fp32, C_i . B_j, 0 across documents.
         segment_index: [B, S] int32.
-        launch: instead of the usual one.
+        launch: instead of the one for the sizes.
     """
-    launch = launch or LAUNCH
     batch, num_heads, num_chunks, chunk = dt.shape
+    launch = launch or (COPIED_LAUNCH if can_be_copied(chunk, x, grad) else LAUNCH)
     groups, head_dim = scores.shape[2], x.shape[3]
     tile = min(launch.tile, chunk)
     tiles = chunk // tile

@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nanotrain.ops.gpu.head_tiles import can_be_copied, head_tiles
+
 
 class Launch(NamedTuple):
     """How the work is cut: columns of the state in a program, positions of a chunk in a step, warps and stages of loads.
@@ -28,6 +30,8 @@ class Launch(NamedTuple):
 
 LAUNCH = Launch(part=64, rows=128, warps=4, stages=2, copied=False)
 """Two programs a head at the published 128, both on one processor (99 KB each)."""
+COPIED_LAUNCH = Launch(part=64, rows=64, warps=4, stages=3, copied=True)
+"""Where the copy engine can be used: two programs on a processor too (91 KB each), and loads a chunk ahead."""
 
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -158,19 +162,13 @@ def _walk_copied(
         state = tl.dot(x.trans(1, 0), weighted, state)
 
 
-def head_tiles(values: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Return the descriptor of values [B, S, H, P] as [B, H, S, P] for tiles of some positions of one head."""
-    values = values.transpose(1, 2)
-    return TensorDescriptor(values, list(values.shape), list(values.stride()), [1, 1, rows, columns])
-
-
 def _launch(
     values: Tensor, columns: Tensor, dt: Tensor, decay: Tensor, index: Tensor | None, entering: Tensor | None,
     launch: Launch | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    launch = launch or LAUNCH
     batch, length, heads, head_dim = values.shape
     chunks, chunk = decay.shape[2:]
+    launch = launch or (COPIED_LAUNCH if can_be_copied(chunk, values, columns) else LAUNCH)
     size = columns.shape[3]
     part, rows = min(launch.part, size), min(launch.rows, chunk)
     padded = max(triton.next_power_of_2(head_dim), 16)
@@ -215,7 +213,7 @@ def states_before_chunks(
         decay: [B, H, c, L] fp32, running sums of dt A within a chunk.
         B: [B, S, G, N]; groups and values contiguous, N a power of two.
         index: [B, S] int32, the number of each position's document within its row.
-        launch: instead of the usual one.
+        launch: instead of the one for the sizes.
     """
     return _launch(x, B, dt, decay, index, None, launch)[0]
 
