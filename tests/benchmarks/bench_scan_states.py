@@ -2,7 +2,7 @@
 
 python -m tests.benchmarks.bench_scan_states OUT.jsonl [states | pairs]      (one GPU, 40 seconds)
 
-"off" is the norm of the difference from the first launch's result, relative to that; "off_fp32" that of the first launch
+"off" is the norm of the difference from the former kernel's result, relative to that; "off_fp32" that of the former kernel
 from the recurrence in fp32. A launch that fails, or is off, is a row of its own and not timed.
 """
 
@@ -20,7 +20,7 @@ from nanotrain.ops.gpu.compile_ahead import compiling_only
 from nanotrain.ops.gpu.ssd_pairs_triton import pair_gradients
 from nanotrain.ops.gpu.ssd_states_triton import gradients_of_states, states_before_chunks
 from nanotrain.ops.segments import segment_indices
-from tests.benchmarks import ssd_pairs_before, ssd_pairs_stored
+from tests.benchmarks import ssd_pairs_before, ssd_pairs_stored, ssd_states_before
 from tests.benchmarks.measure import interleaved, write
 from tests.ops.comparison import random_segments
 
@@ -30,8 +30,8 @@ CHUNKS = LENGTH // CHUNK
 STATE_LAUNCHES = [
     ssd_states_triton.Launch(*numbers)
     for numbers in (
-        (64, 128, 4, 2, False),  # the one in use
-        (64, 128, 8, 2, False),
+        (64, 128, 4, 2, False),
+        (64, 64, 4, 3, False),
         (128, 128, 8, 3, False),
         (64, 64, 4, 3, True),
         (64, 64, 4, 2, True),
@@ -118,18 +118,18 @@ def apart(mine: list[Tensor], other: list[Tensor]) -> float:
 
 def state_forms(case: Case) -> dict[str, Forms]:
     """Return what each launch returns, by direction."""
-    entering = states_before_chunks(case.x, case.dt, case.decay, case.B, case.documents, STATE_LAUNCHES[0])
-    forward, backward = (case.x, case.dt, case.decay, case.B), (case.grad, case.decay, case.C, entering)
-    return {
-        "forward": {
-            str(tuple(launch)): lambda launch=launch: [states_before_chunks(*forward, case.documents, launch)]
-            for launch in STATE_LAUNCHES
-        },
-        "backward": {
-            str(tuple(launch)): lambda launch=launch: list(gradients_of_states(*backward, case.documents, launch))
-            for launch in STATE_LAUNCHES
-        },
+    forward = case.x, case.dt, case.decay, case.B, case.documents
+    entering = ssd_states_before.states_before_chunks(*forward)
+    backward = case.grad, case.decay, case.C, entering, case.documents
+    forms: dict[str, Forms] = {
+        "forward": {"before": lambda: [ssd_states_before.states_before_chunks(*forward)]},
+        "backward": {"before": lambda: list(ssd_states_before.gradients_of_states(*backward))},
     }
+    for launch in STATE_LAUNCHES:
+        name = str(tuple(launch))
+        forms["forward"][name] = lambda launch=launch: [states_before_chunks(*forward, launch)]
+        forms["backward"][name] = lambda launch=launch: list(gradients_of_states(*backward, launch))
+    return forms
 
 
 def pair_forms(case: Case) -> dict[str, Forms]:
@@ -187,9 +187,8 @@ def measure(part: str, packed: bool, out: Path) -> None:
     compile_all(list(kinds.values()), out)
     for kind, forms in kinds.items():
         if part == "states":
-            form = forms[str(tuple(STATE_LAUNCHES[0]))]
-            off = apart(form()[:1], walked(case, kind == "backward"))
-            write(out, {kind: "in use", "packed": packed, "off_fp32": off})
+            off = apart(forms["before"]()[:1], walked(case, kind == "backward"))
+            write(out, {kind: "before", "packed": packed, "off_fp32": off})
         for name, times in interleaved(sound(kind, forms, out), rounds=15).items():
             write(out, {kind: name, "packed": packed, **times})
 

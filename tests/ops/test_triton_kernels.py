@@ -92,7 +92,7 @@ from nanotrain.ops.gpu.head_tiles import can_be_copied
 from nanotrain.ops.segments import segment_indices
 from tests.ops.comparison import relative_error
 launches = [ssd_states_triton.Launch(part=16, rows=rows, warps=4, stages=2, copied=copied)
-            for rows, copied in ((32, False), (32, True), (16, True))]
+            for rows, copied in ((32, False), (16, False), (32, True), (16, True))]
 batch, length, groups, heads, width, size, chunk, chunks = 2, 75, 2, 6, 24, 32, 32, 3
 wide, x, grad = randn(batch, length, 2 * groups * size + 8), randn(batch, length, heads, width), randn(batch, length, heads, width)
 B, C = (wide[..., start : start + groups * size].unflatten(-1, (groups, size)) for start in (0, groups * size))

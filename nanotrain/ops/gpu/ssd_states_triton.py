@@ -18,7 +18,7 @@ from nanotrain.ops.gpu.head_tiles import can_be_copied, head_tiles
 class Launch(NamedTuple):
     """How the work is cut: columns of the state in a program, positions of a chunk in a step, warps and stages of loads.
 
-    With `copied` Hopper's copy engine moves tiles (TMA); otherwise a step is a whole chunk, and threads move them.
+    With `copied` Hopper's copy engine moves tiles (TMA).
     """
 
     part: int
@@ -35,59 +35,6 @@ COPIED_LAUNCH = Launch(part=64, rows=64, warps=4, stages=3, copied=True)
 
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _walk(
-    values_ptr, columns_ptr, dt_ptr, decay_ptr, segment_ptr, entering_ptr, out_ptr, chunk_decay_ptr,
-    length, num_chunks, stride_values_batch, stride_values, stride_columns_batch, stride_columns,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, PADDED: tl.constexpr, N: tl.constexpr,
-    PART: tl.constexpr, L: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr,
-):  # fmt: skip
-    """Forward: values = x, columns = B, out = states that enter chunks. Backward: values = gradients of y, columns = C,
-    out = gradients of the states that leave chunks, chunk_decay = gradient by each chunk's decay (parts over N)."""
-    head, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    p, n, l = tl.arange(0, PADDED), part * PART + tl.arange(0, PART), tl.arange(0, L)  # noqa: E741
-    inside = p < P
-    values_ptr += batch.to(tl.int64) * stride_values_batch + head * P
-    columns_ptr += batch.to(tl.int64) * stride_columns_batch + (head // (HEADS // GROUPS)) * N
-    row = (batch * HEADS + head).to(tl.int64) * num_chunks
-    at = p[:, None] * N + n[None, :]
-    state = tl.zeros((PADDED, PART), dtype=tl.float32)
-    for step in range(num_chunks):
-        chunk = num_chunks - 1 - step if BACKWARD else step
-        here = ((batch * num_chunks + chunk).to(tl.int64) * HEADS + head) * P * N
-        tl.store(out_ptr + here + at, state.to(out_ptr.dtype.element_ty), mask=inside[:, None])
-        start = chunk * L
-        present = start + l < length
-        decay = tl.load(decay_ptr + (row + chunk) * L + l)
-        whole = tl.load(decay_ptr + (row + chunk) * L + L - 1)  # of the chunk; behind the end of the row nothing decays
-        if BACKWARD:
-            weight = tl.exp(decay)
-        else:
-            weight = tl.exp(tl.minimum(whole - decay, 0.0)) * tl.load(dt_ptr + (row + chunk) * L + l)
-        kept = tl.exp(whole)
-        if PACKED:
-            ids = segment_ptr + batch.to(tl.int64) * length
-            own = tl.load(ids + start + l, mask=present, other=-1)
-            last = tl.load(ids + tl.minimum(start + L, length) - 1)
-            before = tl.load(ids + start - 1, mask=start > 0, other=-2)
-            weight = tl.where(own == (before if BACKWARD else last), weight, 0.0)
-            kept = tl.where(before == last, kept, 0.0)
-        if BACKWARD:
-            entering = tl.load(entering_ptr + here + at, mask=inside[:, None], other=0.0).to(tl.float32)
-            tl.store(chunk_decay_ptr + (row + chunk) * (N // PART) + part, tl.sum(entering * state) * kept)
-        position = (start + l).to(tl.int64)
-        values = tl.load(
-            values_ptr + position[None, :] * stride_values + p[:, None],
-            mask=present[None, :] & inside[:, None],
-            other=0.0,
-        )
-        columns = tl.load(
-            columns_ptr + position[:, None] * stride_columns + n[None, :], mask=present[:, None], other=0.0
-        )
-        weighted = (columns.to(tl.float32) * weight[:, None]).to(values.dtype)
-        state = tl.dot(values, weighted, state * kept)
 
 
 @triton.jit
@@ -109,15 +56,39 @@ def _border(
 
 
 @triton.jit
-def _walk_copied(
-    values, columns, out, entering_ptr, dt_ptr, decay_ptr, segment_ptr, chunk_decay_ptr, length, num_chunks,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, PADDED: tl.constexpr, N: tl.constexpr,
-    PART: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr,
+def _tiles(
+    values, columns, batch, head, group, part, start, length, stride_values_batch, stride_values, stride_columns_batch,
+    stride_columns, P: tl.constexpr, PADDED: tl.constexpr, N: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
+    COPIED: tl.constexpr,
 ):  # fmt: skip
-    """As `_walk`, with tiles of some rows of a chunk that the copy engine brings and takes away.
+    """Return the values of a head, [PADDED, ROWS], and a part of the columns of its group, [ROWS, PART], from a position on;
+    0 behind the end of the row."""
+    if COPIED:
+        of_head = values.load([batch, head, start, 0]).reshape(ROWS, PADDED).trans(1, 0)
+        of_group = columns.load([batch, group, start, part * PART]).reshape(ROWS, PART)
+    else:
+        p, n, at = tl.arange(0, PADDED), part * PART + tl.arange(0, PART), start + tl.arange(0, ROWS)
+        present, at = at < length, at.to(tl.int64)
+        values += batch.to(tl.int64) * stride_values_batch + head * P
+        columns += batch.to(tl.int64) * stride_columns_batch + group * N
+        inside = (p < P)[:, None] & present[None, :]
+        of_head = tl.load(values + at[None, :] * stride_values + p[:, None], mask=inside, other=0.0)
+        of_group = tl.load(columns + at[:, None] * stride_columns + n[None, :], mask=present[:, None], other=0.0)
+    return of_head, of_group
 
-    values: descriptor of [B, H, S, P] with blocks [1, 1, ROWS, PADDED]; columns: of [B, G, S, N], [1, 1, ROWS, PART];
-    out: of [B c H, P, N], [1, PADDED, PART]. What is outside of them is read as zero and not written.
+
+@triton.jit
+def _walk(
+    values, columns, out, entering_ptr, dt_ptr, decay_ptr, segment_ptr, chunk_decay_ptr,
+    length, num_chunks, stride_values_batch, stride_values, stride_columns_batch, stride_columns,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, PADDED: tl.constexpr, N: tl.constexpr, PART: tl.constexpr,
+    L: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, COPIED: tl.constexpr,
+):  # fmt: skip
+    """Forward: values = x, columns = B, out = states that enter chunks. Backward: values = gradients of y, columns = C,
+    out = gradients of the states that leave chunks, chunk_decay = gradient by each chunk's decay (parts over N).
+
+    If COPIED, values, columns and out are descriptors: of [B, H, S, P] with blocks [1, 1, ROWS, PADDED], [B, G, S, N] with
+    [1, 1, ROWS, PART] and [B c H, P, N] with [1, PADDED, PART].
     """
     head, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     group = head // (HEADS // GROUPS)
@@ -146,7 +117,10 @@ def _walk_copied(
             kept = tl.where(before == last, kept, 0.0)
         if first == 0:
             here = (batch * num_chunks + chunk) * HEADS + head
-            out.store([here, 0, part * PART], state.to(out.dtype).reshape(1, PADDED, PART))
+            if COPIED:
+                out.store([here, 0, part * PART], state.to(out.dtype).reshape(1, PADDED, PART))
+            else:
+                tl.store(out + here.to(tl.int64) * (P * N) + at, state.to(out.dtype.element_ty), mask=inside)
             if BACKWARD:
                 product = tl.sum(entering.to(tl.float32) * state)
                 tl.store(chunk_decay_ptr + (row + chunk) * (N // PART) + part, product * kept)
@@ -156,10 +130,12 @@ def _walk_copied(
         whole, last, before = _border(
             decay_ptr, segment_ptr, row, batch, step + 1, length, num_chunks, L, ROWS, PACKED, BACKWARD
         )
-        x = values.load([batch, head, start, 0]).reshape(ROWS, PADDED)
-        c = columns.load([batch, group, start, part * PART]).reshape(ROWS, PART)
-        weighted = (c.to(tl.float32) * weight[:, None]).to(x.dtype)
-        state = tl.dot(x.trans(1, 0), weighted, state)
+        of_head, of_group = _tiles(
+            values, columns, batch, head, group, part, start, length, stride_values_batch, stride_values,
+            stride_columns_batch, stride_columns, P, PADDED, N, PART, ROWS, COPIED,
+        )  # fmt: skip
+        weighted = (of_group.to(tl.float32) * weight[:, None]).to(of_head.dtype)
+        state = tl.dot(of_head, weighted, state)
 
 
 def _launch(
@@ -174,30 +150,18 @@ def _launch(
     padded = max(triton.next_power_of_2(head_dim), 16)
     out = torch.empty(batch, chunks, heads, head_dim, size, dtype=values.dtype, device=values.device)
     by_decay = torch.empty(batch, heads, chunks, size // part, dtype=torch.float32, device=values.device)
-    sizes = {
-        "HEADS": heads,
-        "GROUPS": columns.shape[2],
-        "P": head_dim,
-        "PADDED": padded,
-        "N": size,
-        "PART": part,
-        "L": chunk,
-    }
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    grid, packed, backward = (heads, size // part, batch), index is not None, entering is not None
-    index, entering = decay if index is None else index, out if entering is None else entering
     if launch.copied:
         flat = out.view(batch * chunks * heads, head_dim, size)
-        _walk_copied[grid](
-            head_tiles(values, rows, padded), head_tiles(columns, rows, part),
-            TensorDescriptor.from_tensor(flat, [1, padded, part]), entering, dt, decay, index, by_decay, length, chunks,
-            **sizes, ROWS=rows, PACKED=packed, BACKWARD=backward, **options,
-        )  # fmt: skip
-        return out, by_decay
-    _walk[grid](
-        values, columns, dt, decay, index, entering, out, by_decay, length, chunks,
-        values.stride(0), values.stride(1), columns.stride(0), columns.stride(1),
-        **sizes, PACKED=packed, BACKWARD=backward, **options,
+        tiles = head_tiles(values, rows, padded), head_tiles(columns, rows, part)
+        tiles = *tiles, TensorDescriptor.from_tensor(flat, [1, padded, part])
+    else:
+        tiles = values, columns, out
+    _walk[(heads, size // part, batch)](
+        *tiles, out if entering is None else entering, dt, decay, decay if index is None else index, by_decay,
+        length, chunks, values.stride(0), values.stride(1), columns.stride(0), columns.stride(1),
+        HEADS=heads, GROUPS=columns.shape[2], P=head_dim, PADDED=padded, N=size, PART=part, L=chunk, ROWS=rows,
+        PACKED=index is not None, BACKWARD=entering is not None, COPIED=launch.copied,
+        num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     return out, by_decay
 
