@@ -52,7 +52,7 @@ from nanotrain.ops.gpu import ssd_pairs_triton
 from nanotrain.ops.gpu.ssd_decays_triton import gradients_of_decays
 from nanotrain.ops.segments import segment_indices
 from tests.ops.comparison import random_segments, relative_error
-ssd_pairs_triton._TILE = 16
+launches = [ssd_pairs_triton.Launch(tile=16, warps=4, stages=2, registers=None, copied=copied) for copied in (False, True)]
 batch, length, groups, heads, width, chunk, chunks = 2, 75, 2, 6, 24, 32, 3
 x, grad = randn(batch, length, heads, width), randn(batch, length, heads, width)
 dt, rates = torch.rand(batch, heads, chunks * chunk, generator=generator), -torch.rand(heads, 1, generator=generator)
@@ -77,26 +77,33 @@ for ids in (None, random_segments(batch, length, 9, generator)):
                 want_decay[b, :, c, i] += weighted * (t > s)
                 want_decay[b, :, c, j] -= weighted * (t > s)
                 want_dt[b, :, c, j] += weighted / dt[b, :, c, j]
-    got = ssd_pairs_triton.pair_gradients(x, grad, dt, decay, scores, None if ids is None else index)
     none = torch.zeros(batch, heads, chunks, 1, chunk)
-    grad_dA, grad_dt = gradients_of_decays(dt, got.parts, none, none, none[..., 0, 0].contiguous())
     own = torch.nn.functional.pad((x * grad).sum(-1).mT, (0, chunks * chunk - length)).view_as(dt)
-    assert relative_error(got.scores, want_scores) < 1e-5 and relative_error(got.own, own) < 1e-5
-    assert relative_error(grad_dA, want_decay.flip(-1).cumsum(-1).flip(-1)) < 1e-5
-    assert relative_error(grad_dt, want_dt) < 1e-5
+    for launch, ssd_pairs_triton._BLOCK in zip(launches, (2, 16)):  # of three heads a group
+        got = ssd_pairs_triton.pair_gradients(x, grad, dt, decay, scores, None if ids is None else index, launch)
+        grad_dA, grad_dt = gradients_of_decays(dt, got.parts, none, none, none[..., 0, 0].contiguous())
+        assert relative_error(got.scores, want_scores) < 1e-5 and relative_error(got.own, own) < 1e-5
+        assert relative_error(grad_dA, want_decay.flip(-1).cumsum(-1).flip(-1)) < 1e-5
+        assert relative_error(grad_dt, want_dt) < 1e-5
 """,
     "states": """
 from nanotrain.ops.gpu import ssd_states_triton
+from nanotrain.ops.gpu.head_tiles import can_be_copied
 from nanotrain.ops.segments import segment_indices
 from tests.ops.comparison import relative_error
-ssd_states_triton._PART = 16
+launches = [ssd_states_triton.Launch(part=16, rows=rows, warps=4, stages=2, copied=copied)
+            for rows, copied in ((32, False), (16, False), (32, True), (16, True))]
 batch, length, groups, heads, width, size, chunk, chunks = 2, 75, 2, 6, 24, 32, 32, 3
-wide, x, grad = randn(batch, length, 2 * groups * size + 5), randn(batch, length, heads, width), randn(batch, length, heads, width)
+wide, x, grad = randn(batch, length, 2 * groups * size + 8), randn(batch, length, heads, width), randn(batch, length, heads, width)
 B, C = (wide[..., start : start + groups * size].unflatten(-1, (groups, size)) for start in (0, groups * size))
 dt, rates = torch.rand(batch, heads, chunks * chunk, generator=generator), -torch.rand(heads, 1, generator=generator)
 dt[..., length:] = 0.0
 decay = (dt * rates).unflatten(-1, (chunks, chunk)).cumsum(-1)
 dt = dt.unflatten(-1, (chunks, chunk))
+halves = torch.zeros(1, 3, 8 * 80 + 8, dtype=torch.bfloat16)
+assert can_be_copied(128, halves[..., 8:].view(1, 3, 8, 80)) and not can_be_copied(32, halves[..., 8:].view(1, 3, 8, 80))
+for other in (halves.float()[..., 8:].view(1, 3, 8, 80), halves[..., 4:-4].view(1, 3, 8, 80), halves[..., 8:].view(1, 3, 20, 32)):
+    assert not can_be_copied(128, other)
 places = torch.arange(length)
 documents = torch.stack([(places >= 10).int() + (places >= 70).int(), (places >= 31).int() + (places >= 40).int()])
 for ids in (None, documents):  # the first row has one over the second chunk, the second row a border at a chunk's end
@@ -122,12 +129,14 @@ for ids in (None, documents):  # the first row has one over the second chunk, th
                     added[b] += torch.einsum("hp,hn->hpn", x[b, t].double() * weight[:, None].double(), expand(B[b, t][None])[0])
         same = torch.tensor([c == 0 or bool(number[b, c * chunk - 1] == number[b, last]) for b in range(batch)])
         state = state * whole[:, :, c, None, None].exp() * same[:, None, None, None] + added + leaving[c]
-    got = ssd_states_triton.states_before_chunks(x, dt, decay, B, index)
-    assert relative_error(got, torch.stack(entered, 1)) < 1e-5
     output.backward()
-    gradients, by_decay = ssd_states_triton.gradients_of_states(grad, decay, C, got, index)
     want = torch.stack([torch.zeros_like(g) if g.grad is None else g.grad for g in leaving], 1)
-    assert relative_error(gradients, want) < 1e-5 and relative_error(by_decay, whole.grad) < 1e-5
+    for launch in launches:
+        got = ssd_states_triton.states_before_chunks(x, dt, decay, B, index, launch)
+        assert relative_error(got, torch.stack(entered, 1)) < 1e-5, launch
+        gradients, by_decay = ssd_states_triton.gradients_of_states(grad, decay, C, got, index, launch)
+        errors = relative_error(gradients, want), relative_error(by_decay, whole.grad)
+        assert max(errors) < 1e-5, (launch, errors)
     assert want[:, 0].abs().max() > 1 and whole.grad.abs().max() > 1 and not want[:, -1].any()
 """,
     "scan": """
@@ -186,13 +195,13 @@ def check(batch, length, groups, heads, width, size, chunk, documents):
 
 places = torch.arange(300)
 documents = torch.stack([(places >= 10).int() + (places >= 70).int(), (places >= 31).int() + (places >= 32).int() + (places >= 40).int()])
-ssd_pairs_triton._TILE = 16
+ssd_pairs_triton.LAUNCH = ssd_pairs_triton.LAUNCH._replace(tile=16)
 check(2, 75, 2, 6, 8, 16, 32, documents)
 ssd_scan_triton.SMALL_LAUNCH = ssd_scan_triton.Launch(rows=16, heads=4, warps=4, stages=1)
 ssd_columns_triton.SMALL_LAUNCH = ssd_columns_triton.Launch(rows=16, columns=16, warps=4, stages=1)
 check(2, 75, 2, 8, 24, 32, 32, documents)
 ssd_scan_triton.SMALL_LAUNCH, ssd_columns_triton.SMALL_LAUNCH = ssd_scan_triton.LAUNCH, ssd_columns_triton.LAUNCH
-ssd_pairs_triton._TILE = 64
+ssd_pairs_triton.LAUNCH = ssd_pairs_triton.LAUNCH._replace(tile=64)
 check(1, 230, 1, 2, 80, 128, 128, documents)
 """,
     "mamba core": """
