@@ -103,9 +103,10 @@ class KernelsConfig:
     """The update of low-precision states or weights, or in the backward pass; fp32 AdamW is torch's own fused kernel."""
 
     fp8_gemm: Fp8Gemm = Fp8Gemm.auto
-    """FP8 blockwise only: what multiplies. te = Transformer Engine (cuBLASLt); wgmma = our kernel for Hopper; deep_gemm =
-    DeepGEMM for outputs and input gradients, our kernel for weights' gradients. All have the same bits. auto = wgmma on
-    Hopper where CUDA's runtime compiler is installed, else te."""
+    """FP8 blockwise only: what multiplies. te = Transformer Engine (cuBLASLt); wgmma = our kernel for Hopper, compiled by
+    CUDA's runtime compiler; deep_gemm = DeepGEMM for outputs and input gradients, which needs CUDA's compiler (nvcc), and our
+    kernel for weights' gradients. All give the same bits where cuBLASLt does not split the sum. auto = the fastest that is
+    installed: deep_gemm, wgmma on Hopper, te elsewhere."""
 
     def choices(self) -> dict[str, str]:
         """Return op -> wanted kernel; `fp8_gemm` is no op but belongs to the precision."""

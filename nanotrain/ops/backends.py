@@ -158,12 +158,14 @@ def load_fp8_products(precision: Precision, device: torch.device, gemm: Fp8Gemm 
             f" {torch.cuda.get_device_name(device)} is not; use bf16."
         )
     if gemm is Fp8Gemm.auto:
+        on_hopper = precision is Precision.fp8_blockwise and capability == HOPPER
+        for fast in (Fp8Gemm.deep_gemm, Fp8Gemm.wgmma) if on_hopper else ():
+            if all(_installed(module) for _, module, _ in _FP8_LIBRARIES[fast]):
+                try:
+                    return _loaded_products(key, precision, fast)
+                except UserError as error:
+                    log_once(f"kernels: fp8_gemm {fast.value} is left out: {error}")
         gemm = Fp8Gemm.te
-        if precision is Precision.fp8_blockwise and capability == HOPPER and _installed(_NVRTC[1]):
-            try:
-                return _loaded_products(key, precision, Fp8Gemm.wgmma)
-            except UserError as error:
-                log_once(f"kernels: fp8_gemm te, because {error}")
     if gemm in (Fp8Gemm.wgmma, Fp8Gemm.deep_gemm) and capability != HOPPER:
         raise UserError(
             f"`engine.kernels.fp8_gemm` ({gemm.value}) needs a GPU of compute capability 9.0 (Hopper), which"

@@ -62,12 +62,14 @@ def test_our_kernel_for_hopper_is_refused_elsewhere_and_chosen_there(monkeypatch
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     load_fp8_products(Precision.fp8_blockwise, GPU)
     load_fp8_products(Precision.fp8_current, GPU)
-    assert chosen == [Fp8Gemm.te, Fp8Gemm.wgmma, Fp8Gemm.te]
+    monkeypatch.setattr(backends, "find_spec", lambda module: None if module == "deep_gemm" else module)
+    load_fp8_products(Precision.fp8_blockwise, GPU)
+    assert chosen == [Fp8Gemm.te, Fp8Gemm.deep_gemm, Fp8Gemm.te, Fp8Gemm.wgmma]
 
 
-def test_without_cudas_compiler_transformer_engine_multiplies(monkeypatch):
+def test_without_cudas_compilers_transformer_engine_multiplies(monkeypatch):
     def products(precision, gemm):
-        if gemm is Fp8Gemm.wgmma:
+        if gemm is not Fp8Gemm.te:
             raise RuntimeError("no such library: libnvrtc")
         return gemm
 

@@ -61,11 +61,15 @@ __device__ __forceinline__ void arrive_and_expect(u64* barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes) : "memory");
 }
 
-__device__ __forceinline__ void arrive_in(u32 block, u64* barrier) {
-  asm volatile(
-      "{\n .reg .b32 there;\n mapa.shared::cluster.u32 there, %0, %1;\n"
-      " mbarrier.arrive.shared::cluster.b64 _, [there];\n}"
-      ::"r"(address(barrier)), "r"(block) : "memory");
+// The same place in a block of the cluster.
+__device__ __forceinline__ u32 address_in(u32 block, const void* shared) {
+  u32 there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(shared)), "r"(block));
+  return there;
+}
+
+__device__ __forceinline__ void arrive_at(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 __device__ __forceinline__ void bring_tile(void* to, const TensorMap& map, int column, int row, u64* barrier) {
@@ -187,14 +191,6 @@ __device__ __forceinline__ void write(const float (&sum)[64], void* out, int row
   }
 }
 
-struct Ring {
-  int stage = 0;
-  u32 parity;
-  __device__ __forceinline__ void next() {
-    if (++stage == STAGES) stage = 0, parity ^= 1;
-  }
-};
-
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(WARPGROUP * (1 + MULTIPLIERS), 1)
     product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
             const float* __restrict__ a_scales, const float* __restrict__ b_scales, void* __restrict__ out, int rows,
@@ -220,37 +216,41 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(WAR
   if (warpgroup == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     if (threadIdx.x == 0) {
-      Ring ring{0, 1};
+      u32 parities = ~0u;  // a bit for each stage; a tile begins with the first
       for (int index = first; index < tiles; index += clusters) {
         const Tile tile = tile_of(index, row_tiles, pairs, rank);
         const u32 a_bytes = min(ROWS, rows - tile.row) * 4;
-        for (int block = 0; block < blocks; ++block, ring.next()) {
-          u64* full = &shared.full[ring.stage];
-          wait(&shared.empty[ring.stage], ring.parity);
+        for (int block = 0; block < blocks; ++block) {
+          const int stage = block % STAGES;
+          u64* full = &shared.full[stage];
+          wait(&shared.empty[stage], parities >> stage & 1);
+          parities ^= 1 << stage;
           arrive_and_expect(full, A_BYTES + B_BYTES + a_bytes);
-          unsigned char* half = shared.a[ring.stage] + rank * (A_BYTES / CLUSTER);
+          unsigned char* half = shared.a[stage] + rank * (A_BYTES / CLUSTER);
           bring_tile_to_both(half, a_map, block * DEPTH, tile.row + int(rank) * (ROWS / CLUSTER), full);
-          bring_tile(shared.b[ring.stage], b_map, block * DEPTH, tile.column, full);
-          bring_row(shared.a_scales[ring.stage], a_scales + u64(block) * a_stride + tile.row, a_bytes, full);
+          bring_tile(shared.b[stage], b_map, block * DEPTH, tile.column, full);
+          bring_row(shared.a_scales[stage], a_scales + u64(block) * a_stride + tile.row, a_bytes, full);
         }
       }
     }
     if (!B_BLOCKS && warp == 1) {  // a lane brings the scales of four columns, two for each of two threads' rows of them
-      Ring ring{0, 1};
+      u32 parities = ~0u;
       for (int index = first; index < tiles; index += clusters) {
         const int column = tile_of(index, row_tiles, pairs, rank).column + 4 * lane;
         const float4* from = reinterpret_cast<const float4*>(b_scales + column);
         float4 next = column < columns ? __ldg(from) : float4{};
-        for (int block = 0; block < blocks; ++block, ring.next()) {
+        for (int block = 0; block < blocks; ++block) {
+          const int stage = block % STAGES;
           const float4 scale = next;
           from += b_stride / 4;
           if (column < columns && block + 1 < blocks) next = __ldg(from);
-          wait(&shared.empty[ring.stage], ring.parity);
-          float2* to = reinterpret_cast<float2*>(shared.b_scales[ring.stage][2 * (lane & 1)]) + lane / 2;
+          wait(&shared.empty[stage], parities >> stage & 1);
+          parities ^= 1 << stage;
+          float2* to = reinterpret_cast<float2*>(shared.b_scales[stage][2 * (lane & 1)]) + lane / 2;
           to[0] = make_float2(scale.x, scale.y);
           to[18] = make_float2(scale.z, scale.w);
           __syncwarp();
-          if (lane == 0) arrive(&shared.full[ring.stage]);
+          if (lane == 0) arrive(&shared.full[stage]);
         }
       }
     }
@@ -258,47 +258,54 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(WAR
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
     const int own_rows = (warpgroup - 1) * 64 * WAVES, own_row = own_rows + warp * 16 + lane / 4;
     u32 first_a_scale = address(&shared.a_scales[0][own_row]), first_b_scale = address(shared.b_scales[0][lane & 3]);
-    asm volatile("" : "+r"(first_a_scale), "+r"(first_b_scale));  // kept, not made again from the thread's number
-    Ring ring{0, 0};
+    u32 first_empty = address_in(lane & (CLUSTER - 1), &shared.empty[0]);
+    asm volatile("" : "+r"(first_a_scale), "+r"(first_b_scale), "+r"(first_empty));  // kept, not made again
+    const u64 own_a = descriptor(shared.a[0] + own_rows * DEPTH), own_b = descriptor(shared.b[0]);
+    u32 parities = 0;  // a bit for each stage
     for (int index = first; index < tiles; index += clusters) {
       const Tile tile = tile_of(index, row_tiles, pairs, rank);
       const float* block_scales = b_scales + u64(min(tile.column, columns - 1) / COLUMNS) * b_stride;
       float total[WAVES][64] = {};
-      for (int block = 0; block < blocks; ++block, ring.next()) {
-        const float block_scale = B_BLOCKS ? __ldg(block_scales + block) : 1.0f;
-        wait(&shared.full[ring.stage], ring.parity);
-        const u64 b = descriptor(shared.b[ring.stage]);
-        const u32 a_scale = first_a_scale + ring.stage * u32(sizeof shared.a_scales[0]);
-        const u32 b_scale = first_b_scale + ring.stage * u32(sizeof shared.b_scales[0]);
-        float scales[32];  // of this thread's columns; the waves share them
+      for (int left = blocks; left > 0; left -= STAGES) {
 #pragma unroll
-        for (int wave = 0; wave < WAVES; ++wave) {
-          const u64 a = descriptor(shared.a[ring.stage] + (own_rows + wave * 64) * DEPTH);
-          float part[64];
-          hold(part);
-          asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        for (int stage = 0; stage < STAGES; ++stage) {  // known to the compiler, which then computes no addresses
+          if (stage >= left) break;
+          const float block_scale = B_BLOCKS ? __ldg(block_scales + stage) : 1.0f;
+          wait(&shared.full[stage], parities >> stage & 1);
+          const u32 a_scale = first_a_scale + stage * u32(sizeof shared.a_scales[0]);
+          const u32 b_scale = first_b_scale + stage * u32(sizeof shared.b_scales[0]);
+          float scales[32];  // of this thread's columns; the waves share them
 #pragma unroll
-          for (int k = 0; k < 4; ++k) multiply(part, a + 2 * k, b + 2 * k, k);
-          asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-          const float upper = load_one(a_scale + wave * 256) * block_scale;
-          const float lower = load_one(a_scale + wave * 256 + 32) * block_scale;
-          if (!B_BLOCKS && wave == 0) {
+          for (int wave = 0; wave < WAVES; ++wave) {
+            const u64 a = own_a + ((stage * A_BYTES + wave * 64 * DEPTH) >> 4), b = own_b + (stage * B_BYTES >> 4);
+            float part[64];
+            hold(part);
+            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-            for (int i = 0; i < 8; ++i) load_four(scales + 4 * i, b_scale + 16 * i);
+            for (int k = 0; k < 4; ++k) multiply(part, a + 2 * k, b + 2 * k, k);
+            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+            const float upper = load_one(a_scale + wave * 256) * block_scale;
+            const float lower = load_one(a_scale + wave * 256 + 32) * block_scale;
+            if (!B_BLOCKS && wave == 0) {
+#pragma unroll
+              for (int i = 0; i < 8; ++i) load_four(scales + 4 * i, b_scale + 16 * i);
+            }
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            hold(part);
+#pragma unroll
+            for (int j = 0; j < 16; ++j) {
+              const float left_one = B_BLOCKS ? 1.0f : scales[2 * j], right_one = B_BLOCKS ? 1.0f : scales[2 * j + 1];
+              total[wave][4 * j] += upper * left_one * part[4 * j];
+              total[wave][4 * j + 1] += upper * right_one * part[4 * j + 1];
+              total[wave][4 * j + 2] += lower * left_one * part[4 * j + 2];
+              total[wave][4 * j + 3] += lower * right_one * part[4 * j + 3];
+            }
           }
-          asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-          hold(part);
-#pragma unroll
-          for (int j = 0; j < 16; ++j) {
-            const float left = B_BLOCKS ? 1.0f : scales[2 * j], right = B_BLOCKS ? 1.0f : scales[2 * j + 1];
-            total[wave][4 * j] += upper * left * part[4 * j];
-            total[wave][4 * j + 1] += upper * right * part[4 * j + 1];
-            total[wave][4 * j + 2] += lower * left * part[4 * j + 2];
-            total[wave][4 * j + 3] += lower * right * part[4 * j + 3];
-          }
+          __syncwarp();
+          if (lane < CLUSTER) arrive_at(first_empty + stage * 8);  // the other block's half of A lies here too
         }
-        __syncwarp();
-        if (lane < CLUSTER) arrive_in(lane, &shared.empty[ring.stage]);  // the other block's half of A lies here too
+        parities ^= (1 << min(left, STAGES)) - 1;
+        block_scales += STAGES;
       }
 #pragma unroll
       for (int wave = 0; wave < WAVES; ++wave)

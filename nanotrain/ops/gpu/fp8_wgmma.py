@@ -35,6 +35,7 @@ def product(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, dtype: tor
         RuntimeError: CUDA or its compiler refuses the kernel.
     """
     (rows, depth), columns, device = a.shape, b.shape[0], a.device
+    _require_context(device.index)
     out = torch.empty(rows, columns, dtype=dtype, device=device)
     kernel = _kernel(dtype, blocks, device.index)
     values = (
@@ -51,12 +52,20 @@ def product(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, dtype: tor
     return out
 
 
+def _require_context(device: int) -> None:
+    """Make the GPU's context current where a thread (autograd's) has none yet: unlike a torch op, a launch does not."""
+    if int(_checked(driver.cuCtxGetCurrent())) == 0:
+        _checked(driver.cuCtxSetCurrent(_checked(driver.cuDevicePrimaryCtxRetain(device))))
+
+
 def load(device: int) -> None:
     """Compile and load the kernel's usual forms.
 
     Raises:
         RuntimeError: CUDA or its compiler refuses them.
     """
+    torch.cuda.init()
+    _require_context(device)
     for blocks in (False, True):
         _kernel(torch.bfloat16, blocks, device)
 
@@ -85,10 +94,8 @@ def _tensor_map(matrix: Tensor, height: int) -> Any:
 @cache
 def _kernel(dtype: torch.dtype, blocks: bool, device: int) -> Any:
     """Return the loaded kernel; a module belongs to one GPU's context."""
-    with torch.cuda.device(device):
-        torch.cuda.current_stream().synchronize()  # there is a context from here on
-        module = _checked(driver.cuModuleLoadData(compiled(dtype, blocks=blocks)))
-        kernel = _checked(driver.cuModuleGetFunction(module, b"product"))
+    module = _checked(driver.cuModuleLoadData(compiled(dtype, blocks=blocks)))
+    kernel = _checked(driver.cuModuleGetFunction(module, b"product"))
     most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _checked(driver.cuFuncSetAttribute(kernel, most, _SHARED_BYTES))
     return kernel

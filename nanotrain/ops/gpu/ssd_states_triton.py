@@ -144,7 +144,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, length, heads, head_dim = values.shape
     chunks, chunk = decay.shape[2:]
-    launch = launch or (COPIED_LAUNCH if can_be_copied(chunk, values, columns) else LAUNCH)
+    launch = launch or LAUNCH
     size = columns.shape[3]
     part, rows = min(launch.part, size), min(launch.rows, chunk)
     padded = max(triton.next_power_of_2(head_dim), 16)
