@@ -197,8 +197,8 @@ def pair_gradients(
     _pairs[(tiles * (tiles + 1) // 2, batch * num_chunks, groups)](
         *values, dt, decay, scores, scores if segment_index is None else segment_index, grad_scores, parts, own,
         x.shape[1], num_chunks, x.stride(0), x.stride(1), grad.stride(0), grad.stride(1),
-        HEADS=num_heads // groups, BLOCK=min(triton.next_power_of_2(num_heads // groups), _BLOCK), GROUPS=groups, P=head_dim, PADDED=padded, L=chunk,
-        TILE=tile, TILES=tiles, PACKED=segment_index is not None, STAGES=launch.stages,
+        HEADS=num_heads // groups, BLOCK=min(triton.next_power_of_2(num_heads // groups), _BLOCK), GROUPS=groups,
+        P=head_dim, PADDED=padded, L=chunk, TILE=tile, TILES=tiles, PACKED=segment_index is not None, STAGES=launch.stages,
         COPIED=launch.copied, num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers,
     )  # fmt: skip
     return PairGradients(grad_scores, parts, own)
