@@ -28,6 +28,9 @@ def test_kernels_of_our_own_and_of_several_gpus_have_their_kinds():
     kinds = {
         "_walk": "scan",
         "_pairs": "scan",
+        "_scan": "scan",
+        "_columns": "scan",
+        "fp8_product": "FP8 products",
         "_backward": "norms and gates",
         "_quantise": "casts to FP8",
         "void transformer_engine::block_scaled_1d_cast_transpose_kernel<true, float, __nv_bfloat16, __nv_fp8_e4m3>": "casts to FP8",

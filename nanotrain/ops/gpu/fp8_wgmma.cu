@@ -191,10 +191,139 @@ __device__ __forceinline__ void write(const float (&sum)[64], void* out, int row
   }
 }
 
+// A thread's part of a product is scaled and added up.
+__device__ __forceinline__ void add_scaled(float (&total)[64], const float (&part)[64], float upper, float lower,
+                                           const float (&scales)[32]) {
+#pragma unroll
+  for (int j = 0; j < 16; ++j) {
+    const float left = B_BLOCKS ? 1.0f : scales[2 * j], right = B_BLOCKS ? 1.0f : scales[2 * j + 1];
+    total[4 * j] += upper * left * part[4 * j];
+    total[4 * j + 1] += upper * right * part[4 * j + 1];
+    total[4 * j + 2] += lower * left * part[4 * j + 2];
+    total[4 * j + 3] += lower * right * part[4 * j + 3];
+  }
+}
+
+__device__ __forceinline__ void make_barriers(Shared& shared) {
+  for (int s = 0; s < STAGES; ++s) {
+    const u32 bringers = B_BLOCKS ? 1 : 2, readers = MULTIPLIERS * 4 * CLUSTER;
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(&shared.full[s])), "r"(bringers));
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(&shared.empty[s])), "r"(readers));
+  }
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// The whole product, and which tiles of it are a block's own: from the first one on, every `clusters`-th.
+struct Work {
+  int rows, columns, blocks;
+  u32 rank;
+  int row_tiles, pairs, first, clusters, tiles;
+
+  __device__ __forceinline__ Tile tile(int index) const { return tile_of(index, row_tiles, pairs, rank); }
+};
+
+// One thread brings A, B and the scales of A's rows.
+__device__ __forceinline__ void bring_tiles(Shared& shared, const Work& work, const TensorMap& a_map, const TensorMap& b_map,
+                                            const float* a_scales, int a_stride) {
+  u32 parities = ~0u;  // a bit for each stage; a tile begins with the first
+  for (int index = work.first; index < work.tiles; index += work.clusters) {
+    const Tile tile = work.tile(index);
+    const u32 a_bytes = min(ROWS, work.rows - tile.row) * 4;
+    for (int block = 0; block < work.blocks; ++block) {
+      const int stage = block % STAGES;
+      u64* full = &shared.full[stage];
+      wait(&shared.empty[stage], parities >> stage & 1);
+      parities ^= 1 << stage;
+      arrive_and_expect(full, A_BYTES + B_BYTES + a_bytes);
+      unsigned char* half = shared.a[stage] + work.rank * (A_BYTES / CLUSTER);
+      bring_tile_to_both(half, a_map, block * DEPTH, tile.row + int(work.rank) * (ROWS / CLUSTER), full);
+      bring_tile(shared.b[stage], b_map, block * DEPTH, tile.column, full);
+      bring_row(shared.a_scales[stage], a_scales + u64(block) * a_stride + tile.row, a_bytes, full);
+    }
+  }
+}
+
+// One warp brings the scales of B's tiles: a lane those of four columns, two for each of two threads' rows of them.
+__device__ __forceinline__ void bring_column_scales(Shared& shared, const Work& work, const float* b_scales, int b_stride,
+                                                    int lane) {
+  u32 parities = ~0u;
+  for (int index = work.first; index < work.tiles; index += work.clusters) {
+    const int column = work.tile(index).column + 4 * lane;
+    const float4* from = reinterpret_cast<const float4*>(b_scales + column);
+    float4 next = column < work.columns ? __ldg(from) : float4{};
+    for (int block = 0; block < work.blocks; ++block) {
+      const int stage = block % STAGES;
+      const float4 scale = next;
+      from += b_stride / 4;
+      if (column < work.columns && block + 1 < work.blocks) next = __ldg(from);
+      wait(&shared.empty[stage], parities >> stage & 1);
+      parities ^= 1 << stage;
+      float2* to = reinterpret_cast<float2*>(shared.b_scales[stage][2 * (lane & 1)]) + lane / 2;
+      to[0] = make_float2(scale.x, scale.y);
+      to[18] = make_float2(scale.z, scale.w);
+      __syncwarp();
+      if (lane == 0) arrive(&shared.full[stage]);
+    }
+  }
+}
+
+// A warpgroup multiplies, and writes its results.
+__device__ __forceinline__ void multiply_tiles(Shared& shared, const Work& work, const float* b_scales, int b_stride, void* out,
+                                               int warpgroup, int warp, int lane) {
+  const int own_rows = (warpgroup - 1) * 64 * WAVES, own_row = own_rows + warp * 16 + lane / 4;
+  u32 first_a_scale = address(&shared.a_scales[0][own_row]), first_b_scale = address(shared.b_scales[0][lane & 3]);
+  u32 first_empty = address_in(lane & (CLUSTER - 1), &shared.empty[0]);
+  asm volatile("" : "+r"(first_a_scale), "+r"(first_b_scale), "+r"(first_empty));  // kept, not made again
+  const u64 own_a = descriptor(shared.a[0] + own_rows * DEPTH), own_b = descriptor(shared.b[0]);
+  u32 parities = 0;
+  for (int index = work.first; index < work.tiles; index += work.clusters) {
+    const Tile tile = work.tile(index);
+    const float* block_scales = b_scales + u64(min(tile.column, work.columns - 1) / COLUMNS) * b_stride;
+    float total[WAVES][64] = {};
+    for (int left = work.blocks; left > 0; left -= STAGES) {
+#pragma unroll
+      for (int stage = 0; stage < STAGES; ++stage) {  // known to the compiler, which then computes no addresses
+        if (stage >= left) break;
+        const float block_scale = B_BLOCKS ? __ldg(block_scales + stage) : 1.0f;
+        wait(&shared.full[stage], parities >> stage & 1);
+        const u32 a_scale = first_a_scale + stage * u32(sizeof shared.a_scales[0]);
+        const u32 b_scale = first_b_scale + stage * u32(sizeof shared.b_scales[0]);
+        float scales[32];  // of this thread's columns; the waves share them
+#pragma unroll
+        for (int wave = 0; wave < WAVES; ++wave) {
+          const u64 a = own_a + ((stage * A_BYTES + wave * 64 * DEPTH) >> 4), b = own_b + (stage * B_BYTES >> 4);
+          float part[64];
+          hold(part);
+          asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+          for (int k = 0; k < 4; ++k) multiply(part, a + 2 * k, b + 2 * k, k);
+          asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+          const float upper = load_one(a_scale + wave * 256) * block_scale;
+          const float lower = load_one(a_scale + wave * 256 + 32) * block_scale;
+          if (!B_BLOCKS && wave == 0) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) load_four(scales + 4 * i, b_scale + 16 * i);
+          }
+          asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+          hold(part);
+          add_scaled(total[wave], part, upper, lower, scales);
+        }
+        __syncwarp();
+        if (lane < CLUSTER) arrive_at(first_empty + stage * 8);  // the other block's half of A lies here too
+      }
+      parities ^= (1 << min(left, STAGES)) - 1;
+      block_scales += STAGES;
+    }
+#pragma unroll
+    for (int wave = 0; wave < WAVES; ++wave)
+      write(total[wave], out, tile.row + own_row + wave * 64, tile.column, work.rows, work.columns, lane);
+  }
+}
+
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(WARPGROUP * (1 + MULTIPLIERS), 1)
-    product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
-            const float* __restrict__ a_scales, const float* __restrict__ b_scales, void* __restrict__ out, int rows,
-            int columns, int blocks, int a_stride, int b_stride) {
+    fp8_product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
+                const float* __restrict__ a_scales, const float* __restrict__ b_scales, void* __restrict__ out, int rows,
+                int columns, int blocks, int a_stride, int b_stride) {
   extern __shared__ Shared memory[];  // at a multiple of 1024 bytes, as the swizzle needs it
   Shared& shared = memory[0];
   const u32 rank = rank_in_cluster();
@@ -202,115 +331,17 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(WAR
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const int row_tiles = (rows + ROWS - 1) / ROWS, pairs = (columns + CLUSTER * COLUMNS - 1) / (CLUSTER * COLUMNS);
   const int first = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER, tiles = row_tiles * pairs;
-
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < STAGES; ++s) {
-      const u32 bringers = B_BLOCKS ? 1 : 2, readers = MULTIPLIERS * 4 * CLUSTER;
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(&shared.full[s])), "r"(bringers));
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(&shared.empty[s])), "r"(readers));
-    }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
+  const Work work = {rows, columns, blocks, rank, row_tiles, pairs, first, clusters, tiles};
+  if (threadIdx.x == 0) make_barriers(shared);
   meet_cluster();
 
   if (warpgroup == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-    if (threadIdx.x == 0) {
-      u32 parities = ~0u;  // a bit for each stage; a tile begins with the first
-      for (int index = first; index < tiles; index += clusters) {
-        const Tile tile = tile_of(index, row_tiles, pairs, rank);
-        const u32 a_bytes = min(ROWS, rows - tile.row) * 4;
-        for (int block = 0; block < blocks; ++block) {
-          const int stage = block % STAGES;
-          u64* full = &shared.full[stage];
-          wait(&shared.empty[stage], parities >> stage & 1);
-          parities ^= 1 << stage;
-          arrive_and_expect(full, A_BYTES + B_BYTES + a_bytes);
-          unsigned char* half = shared.a[stage] + rank * (A_BYTES / CLUSTER);
-          bring_tile_to_both(half, a_map, block * DEPTH, tile.row + int(rank) * (ROWS / CLUSTER), full);
-          bring_tile(shared.b[stage], b_map, block * DEPTH, tile.column, full);
-          bring_row(shared.a_scales[stage], a_scales + u64(block) * a_stride + tile.row, a_bytes, full);
-        }
-      }
-    }
-    if (!B_BLOCKS && warp == 1) {  // a lane brings the scales of four columns, two for each of two threads' rows of them
-      u32 parities = ~0u;
-      for (int index = first; index < tiles; index += clusters) {
-        const int column = tile_of(index, row_tiles, pairs, rank).column + 4 * lane;
-        const float4* from = reinterpret_cast<const float4*>(b_scales + column);
-        float4 next = column < columns ? __ldg(from) : float4{};
-        for (int block = 0; block < blocks; ++block) {
-          const int stage = block % STAGES;
-          const float4 scale = next;
-          from += b_stride / 4;
-          if (column < columns && block + 1 < blocks) next = __ldg(from);
-          wait(&shared.empty[stage], parities >> stage & 1);
-          parities ^= 1 << stage;
-          float2* to = reinterpret_cast<float2*>(shared.b_scales[stage][2 * (lane & 1)]) + lane / 2;
-          to[0] = make_float2(scale.x, scale.y);
-          to[18] = make_float2(scale.z, scale.w);
-          __syncwarp();
-          if (lane == 0) arrive(&shared.full[stage]);
-        }
-      }
-    }
+    if (threadIdx.x == 0) bring_tiles(shared, work, a_map, b_map, a_scales, a_stride);
+    if (!B_BLOCKS && warp == 1) bring_column_scales(shared, work, b_scales, b_stride, lane);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-    const int own_rows = (warpgroup - 1) * 64 * WAVES, own_row = own_rows + warp * 16 + lane / 4;
-    u32 first_a_scale = address(&shared.a_scales[0][own_row]), first_b_scale = address(shared.b_scales[0][lane & 3]);
-    u32 first_empty = address_in(lane & (CLUSTER - 1), &shared.empty[0]);
-    asm volatile("" : "+r"(first_a_scale), "+r"(first_b_scale), "+r"(first_empty));  // kept, not made again
-    const u64 own_a = descriptor(shared.a[0] + own_rows * DEPTH), own_b = descriptor(shared.b[0]);
-    u32 parities = 0;  // a bit for each stage
-    for (int index = first; index < tiles; index += clusters) {
-      const Tile tile = tile_of(index, row_tiles, pairs, rank);
-      const float* block_scales = b_scales + u64(min(tile.column, columns - 1) / COLUMNS) * b_stride;
-      float total[WAVES][64] = {};
-      for (int left = blocks; left > 0; left -= STAGES) {
-#pragma unroll
-        for (int stage = 0; stage < STAGES; ++stage) {  // known to the compiler, which then computes no addresses
-          if (stage >= left) break;
-          const float block_scale = B_BLOCKS ? __ldg(block_scales + stage) : 1.0f;
-          wait(&shared.full[stage], parities >> stage & 1);
-          const u32 a_scale = first_a_scale + stage * u32(sizeof shared.a_scales[0]);
-          const u32 b_scale = first_b_scale + stage * u32(sizeof shared.b_scales[0]);
-          float scales[32];  // of this thread's columns; the waves share them
-#pragma unroll
-          for (int wave = 0; wave < WAVES; ++wave) {
-            const u64 a = own_a + ((stage * A_BYTES + wave * 64 * DEPTH) >> 4), b = own_b + (stage * B_BYTES >> 4);
-            float part[64];
-            hold(part);
-            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-            for (int k = 0; k < 4; ++k) multiply(part, a + 2 * k, b + 2 * k, k);
-            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-            const float upper = load_one(a_scale + wave * 256) * block_scale;
-            const float lower = load_one(a_scale + wave * 256 + 32) * block_scale;
-            if (!B_BLOCKS && wave == 0) {
-#pragma unroll
-              for (int i = 0; i < 8; ++i) load_four(scales + 4 * i, b_scale + 16 * i);
-            }
-            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-            hold(part);
-#pragma unroll
-            for (int j = 0; j < 16; ++j) {
-              const float left_one = B_BLOCKS ? 1.0f : scales[2 * j], right_one = B_BLOCKS ? 1.0f : scales[2 * j + 1];
-              total[wave][4 * j] += upper * left_one * part[4 * j];
-              total[wave][4 * j + 1] += upper * right_one * part[4 * j + 1];
-              total[wave][4 * j + 2] += lower * left_one * part[4 * j + 2];
-              total[wave][4 * j + 3] += lower * right_one * part[4 * j + 3];
-            }
-          }
-          __syncwarp();
-          if (lane < CLUSTER) arrive_at(first_empty + stage * 8);  // the other block's half of A lies here too
-        }
-        parities ^= (1 << min(left, STAGES)) - 1;
-        block_scales += STAGES;
-      }
-#pragma unroll
-      for (int wave = 0; wave < WAVES; ++wave)
-        write(total[wave], out, tile.row + own_row + wave * 64, tile.column, rows, columns, lane);
-    }
+    multiply_tiles(shared, work, b_scales, b_stride, out, warpgroup, warp, lane);
   }
   meet_cluster();  // a block that is through still is the other's destination
 }

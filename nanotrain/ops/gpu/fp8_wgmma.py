@@ -95,7 +95,7 @@ def _tensor_map(matrix: Tensor, height: int) -> Any:
 def _kernel(dtype: torch.dtype, blocks: bool, device: int) -> Any:
     """Return the loaded kernel; a module belongs to one GPU's context."""
     module = _checked(driver.cuModuleLoadData(compiled(dtype, blocks=blocks)))
-    kernel = _checked(driver.cuModuleGetFunction(module, b"product"))
+    kernel = _checked(driver.cuModuleGetFunction(module, b"fp8_product"))
     most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _checked(driver.cuFuncSetAttribute(kernel, most, _SHARED_BYTES))
     return kernel
