@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests that need one GPU, in eight processes (TEST_PROCESSES), because most of the time goes into compiling kernels:
-# 188 s in fourteen on two H200 with 32 cores.
+# 127 s in twelve on one H200 with 16 cores, 188 s in fourteen on two with 32.
 # Usage: bash launch/test_gpu.sh [argument of pytest ...]      PYTHON=python3 uses an environment that is there already
 # Tests of two ranks use NCCL where there are two GPUs; ranks that share one are replicas over gloo, all else is refused.
 # A kernel library that is not installed skips its tests, by name: pip install --no-build-isolation -e '.[gpu]'

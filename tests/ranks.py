@@ -1,5 +1,6 @@
 """Runs a function of a test on several ranks, each a process of its own as under torchrun; over NCCL where each has a GPU."""
 
+import faulthandler
 import os
 import pickle
 import tempfile
@@ -38,7 +39,7 @@ def run_ranks(
                 pass
         except Exception as error:
             failures = [path.read_text(encoding="utf-8") for path in sorted(Path(folder).glob("*.failure"))]
-            raise AssertionError("\n".join(failures) or str(error)) from None
+            raise AssertionError("\n".join(filter(None, failures)) or str(error)) from None
         return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(size)]
 
 
@@ -55,6 +56,8 @@ def _rank(
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= environment
     torch.set_num_threads(1)
+    stacks = (Path(folder) / f"{rank}.failure").open("w", encoding="utf-8")  # of a rank that a signal ends
+    faulthandler.enable(stacks)
     try:
         store = dist.FileStore(f"{folder}/store", size)
         if size > 1:
