@@ -97,9 +97,8 @@ def test_products_for_hopper_run_in_a_thread_that_has_used_no_gpu_yet():
     ours = products(Precision.fp8_blockwise, Fp8Gemm.wgmma)
     x = ours.quantize_gradient(matrix(256, 256, 9, torch.bfloat16).cuda())
     weight = ours.quantize_weight(matrix(256, 256, 10, torch.bfloat16).cuda())
-    torch.empty(
-        256, 256, dtype=torch.bfloat16, device="cuda"
-    )  # the result's memory is in the cache: it makes no context
+    # The result's memory is in the cache: to take it from there makes no context.
+    torch.empty(256, 256, dtype=torch.bfloat16, device="cuda")
     found = []
     thread = Thread(target=lambda: found.append(ours.output(x, weight, torch.bfloat16)))
     thread.start()
