@@ -22,9 +22,8 @@ def require_ranks(config: EngineConfig, world: World) -> None:
     if config.device is Device.cpu or not 0 < gpus < world.local_size:
         return
     divided = config.kind is EngineKind.torch and config.data_parallel is DataParallel.fsdp2
-    if (
-        divided or config.kind is not EngineKind.torch
-    ):  # gloo's gathers of tensors on a GPU end the process (torch 2.11)
+    if divided or config.kind is not EngineKind.torch:
+        # Over gloo, which carries what such ranks exchange, a gather of tensors on a GPU ends the process (torch 2.11).
         key = "`engine.data_parallel` (fsdp2)" if divided else f"`engine.kind` ({config.kind.value})"
         raise UserError(
             f"{key} needs a GPU for each rank, and {world.local_size} ranks of this machine share {gpus}; start as many"
