@@ -27,7 +27,7 @@ def require_ranks(config: EngineConfig, world: World) -> None:
         key = "`engine.data_parallel` (fsdp2)" if divided else f"`engine.kind` ({config.kind.value})"
         raise UserError(
             f"{key} needs a GPU for each rank, and {world.local_size} ranks of this machine share {gpus}; start as many"
-            " ranks as GPUs, or use engine=torch with data_parallel=ddp."
+            " ranks as GPUs, all of which each rank must see, or use engine=torch with data_parallel=ddp."
         )
 
 

@@ -14,31 +14,18 @@ from nanotrain.ops.gpu.wgmma_products import WgmmaProducts
 class DeepGemmProducts(WgmmaProducts):
     """The same quantisers and formats; both libraries add 128 terms in the tensor cores and the parts in fp32."""
 
-    def output(self, x: Quantized, weight: Quantized, dtype: torch.dtype) -> Tensor:
-        assert weight.rows is not None and weight.row_scales is not None
-        if dtype != torch.bfloat16:
-            return super().output(x, weight, dtype)
-        return _product(x, weight.rows, weight.row_scales)
-
-    def input_gradient(self, grad: Quantized, weight: Quantized, dtype: torch.dtype) -> Tensor:
-        assert weight.columns is not None and weight.column_scales is not None
-        if dtype != torch.bfloat16:
-            return super().input_gradient(grad, weight, dtype)
-        return _product(grad, weight.columns, weight.column_scales)
-
-
-def _product(tiles: Quantized, blocks: Tensor, block_scales: Tensor) -> Tensor:
-    """Return tiles [M, K] @ blocks [N, K].T in bf16."""
-    assert tiles.rows is not None and tiles.row_scales is not None
-    out = torch.empty(tiles.rows.shape[0], blocks.shape[0], dtype=torch.bfloat16, device=blocks.device)
-    # Scales of tiles already lie by columns, as the kernel loads them; those of blocks lose their padding. A single row
-    # counts as contiguous whatever its stride, which DeepGEMM reads all the same.
-    shape = (blocks.shape[0] // BLOCK, blocks.shape[1] // BLOCK)
-    scales = block_scales[: shape[0], : shape[1]].contiguous().as_strided(shape, (shape[1], 1))
-    deep_gemm.fp8_gemm_nt(
-        (tiles.rows.view(torch.float8_e4m3fn), tiles.row_scales.t()),
-        (blocks.view(torch.float8_e4m3fn), scales),
-        out,
-        disable_ue8m0_cast=True,
-    )
-    return out
+    def _by_blocks(self, tiles: Quantized, blocks: Tensor | None, scales: Tensor | None) -> Tensor:
+        assert tiles.rows is not None and tiles.row_scales is not None
+        assert blocks is not None and scales is not None
+        out = torch.empty(tiles.rows.shape[0], blocks.shape[0], dtype=torch.bfloat16, device=blocks.device)
+        # Scales of tiles already lie by columns, as the kernel loads them; those of blocks lose their padding. A single row
+        # counts as contiguous whatever its stride, which DeepGEMM reads all the same.
+        shape = (blocks.shape[0] // BLOCK, blocks.shape[1] // BLOCK)
+        scales = scales[: shape[0], : shape[1]].contiguous().as_strided(shape, (shape[1], 1))
+        deep_gemm.fp8_gemm_nt(
+            (tiles.rows.view(torch.float8_e4m3fn), tiles.row_scales.t()),
+            (blocks.view(torch.float8_e4m3fn), scales),
+            out,
+            disable_ue8m0_cast=True,
+        )
+        return out

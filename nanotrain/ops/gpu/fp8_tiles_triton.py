@@ -32,7 +32,7 @@ class Launch(NamedTuple):
 
 LAUNCH = Launch(warps=4, columns=16, registers=168, packed=False, group=2)
 PLAIN_BF16_LAUNCH = Launch(warps=4, columns=16, registers=128, packed=True, group=8)
-"""The fastest of 13 on an H200 (docs/benchmarks/one_gpu_h200_202611.md)."""
+"""The fastest of twelve on an H200 (docs/benchmarks/one_gpu_h200_202611.md)."""
 
 
 @triton.jit

@@ -9,7 +9,7 @@
 // What limits it is that second addition, not the tensor cores: an instruction beside the multiplications and additions of
 // the parts costs time wherever it is (docs/benchmarks/one_gpu_h200_202611.md).
 //
-// Macros: B_BLOCKS (B has blocks), OUT_FLOAT (results in fp32 instead of bf16).
+// Macros: B_BLOCKS (B has blocks), OUT_FLOAT (results in fp32 instead of bf16), SHARED_BYTES (what the launch gives a block).
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -31,6 +31,7 @@ struct alignas(1024) Shared {
   u64 full[STAGES];
   u64 empty[STAGES];
 };
+static_assert(sizeof(Shared) == SHARED_BYTES, "fp8_wgmma.py has other sizes");
 
 __device__ __forceinline__ u32 address(const void* shared) { return static_cast<u32>(__cvta_generic_to_shared(shared)); }
 

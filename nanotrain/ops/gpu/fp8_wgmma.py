@@ -59,15 +59,14 @@ def _require_context(device: int) -> None:
 
 
 def load(device: int) -> None:
-    """Compile and load the kernel's usual forms.
+    """Compile and load the kernel for weights' gradients in bf16; the other forms come at their first use.
 
     Raises:
-        RuntimeError: CUDA or its compiler refuses them.
+        RuntimeError: CUDA or its compiler refuses it.
     """
     torch.cuda.init()
     _require_context(device)
-    for blocks in (False, True):
-        _kernel(torch.bfloat16, blocks, device)
+    _kernel(torch.bfloat16, False, device)
 
 
 def _tensor_map(matrix: Tensor, height: int) -> Any:
@@ -111,7 +110,12 @@ def compiled(dtype: torch.dtype, *, blocks: bool) -> bytes:
     Raises:
         RuntimeError: NVRTC's message.
     """
-    options = ["--gpu-architecture=sm_90a", "--std=c++17", f"-DB_BLOCKS={int(blocks)}"]
+    options = [
+        "--gpu-architecture=sm_90a",
+        "--std=c++17",
+        f"-DB_BLOCKS={int(blocks)}",
+        f"-DSHARED_BYTES={_SHARED_BYTES}",
+    ]
     options += ["-DOUT_FLOAT"] if dtype == torch.float32 else []
     source = Path(__file__).with_suffix(".cu").read_bytes()
     program = _checked(nvrtc.nvrtcCreateProgram(source, b"fp8_wgmma.cu", 0, [], []))

@@ -24,16 +24,12 @@ class WgmmaProducts(BlockwiseProducts):
     def output(self, x: Quantized, weight: Quantized, dtype: torch.dtype) -> Tensor:
         if dtype != torch.bfloat16:
             return super().output(x, weight, dtype)
-        assert x.rows is not None and x.row_scales is not None
-        assert weight.rows is not None and weight.row_scales is not None
-        return fp8_wgmma.product(x.rows, x.row_scales, weight.rows, weight.row_scales, dtype, blocks=True)
+        return self._by_blocks(x, weight.rows, weight.row_scales)
 
     def input_gradient(self, grad: Quantized, weight: Quantized, dtype: torch.dtype) -> Tensor:
         if dtype != torch.bfloat16:
             return super().input_gradient(grad, weight, dtype)
-        assert grad.rows is not None and grad.row_scales is not None
-        assert weight.columns is not None and weight.column_scales is not None
-        return fp8_wgmma.product(grad.rows, grad.row_scales, weight.columns, weight.column_scales, dtype, blocks=True)
+        return self._by_blocks(grad, weight.columns, weight.column_scales)
 
     def weight_gradient(self, grad: Quantized, x: Quantized, dtype: torch.dtype) -> Tensor:
         assert grad.columns is not None and grad.column_scales is not None
@@ -42,3 +38,9 @@ class WgmmaProducts(BlockwiseProducts):
         if few or dtype not in (torch.bfloat16, torch.float32):
             return super().weight_gradient(grad, x, dtype)
         return fp8_wgmma.product(grad.columns, grad.column_scales, x.columns, x.column_scales, dtype, blocks=False)
+
+    def _by_blocks(self, tiles: Quantized, blocks: Tensor | None, scales: Tensor | None) -> Tensor:
+        """Return the rows of tiles, [M, K], @ blocks [N, K].T in bf16."""
+        assert tiles.rows is not None and tiles.row_scales is not None
+        assert blocks is not None and scales is not None
+        return fp8_wgmma.product(tiles.rows, tiles.row_scales, blocks, scales, torch.bfloat16, blocks=True)
